@@ -1,0 +1,1 @@
+"""The decoder: norm, rope, attention, mlp, block, transformer; built, loaded and saved in `build`."""
