@@ -1,0 +1,1 @@
+"""What strings jobs together: the demo and the evidence studies."""
