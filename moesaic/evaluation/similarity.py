@@ -81,7 +81,8 @@ def folder_similarity(folder: str | Path) -> dict[int, float]:
         return {
             layer: mean_cosine(
                 _sum_of_products(
-                    [_expert_weight(reader, name) for name in experts] for experts in params.values()
+                    [_expert_weight(reader, name) for name in experts]
+                    for experts in params.values()
                 )
             )
             for layer, params in sorted(names.items())
