@@ -11,14 +11,13 @@ Shapes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-
-BiasForm = Literal["error", "sign"]
+from moesaic.moe.config import BiasForm
 
 
 class AdaptiveCoefficient:

@@ -13,13 +13,11 @@ Shapes.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-DropPolicy = Literal["probability", "position"]
-"""Which copies an expert keeps: the most probable, or those of the earliest tokens."""
+from moesaic.moe.config import DropPolicy
 
 
 def expert_capacity(factor: float, *, tokens: int, top_k: int, num_experts: int) -> int:
