@@ -67,9 +67,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
             if not getattr(self, name) > 0:
-                raise ConfigError(
-                    f"optimizer.{name} is {getattr(self, name)}. It must be above 0."
-                )
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}. It must be above 0.")
         for name in ("weight_decay", "clip", "expert_lr_multiplier"):
             _at_least(f"optimizer.{name}", getattr(self, name), 0)
         if not all(0 <= beta < 1 for beta in self.betas):
