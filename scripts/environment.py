@@ -115,7 +115,7 @@ def install_torch(python: Path) -> str:
 
 def has_nvidia_gpu() -> bool:
     tool = shutil.which("nvidia-smi")
-    return bool(tool) and runs(Path(tool), "-L") or Path("/proc/driver/nvidia/version").exists()
+    return (bool(tool) and runs(Path(tool), "-L")) or Path("/proc/driver/nvidia/version").exists()
 
 
 def pip_would_bring_cuda(python: Path, requirement: str) -> bool:

@@ -1,0 +1,1 @@
+"""The command line: flags, exit statuses and printing. One module a verb."""

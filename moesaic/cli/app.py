@@ -1,0 +1,85 @@
+"""`moesaic`: find the verb, run it, and turn what went wrong into one line and an exit status.
+
+0    done
+1    a fault of Moesaic's own; the traceback is printed for the report
+2    a mistake in what was given, or a file or disk that does not allow it; one line
+3    training stopped because it must not go on, such as a loss that is not finite; one line
+130  interrupted from the keyboard
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from moesaic.errors import MoesaicError
+from moesaic.version import __version__
+
+VERBS = {
+    "upcycle": "Turn a dense model into a mixture of experts, with a proof.",
+    "prepare": "Turn text into training data.",
+    "train": "Train a model, dense or mixture of experts.",
+    "evaluate": "Measure held-out loss and perplexity.",
+    "quantize": "Shrink a model to FP8.",
+    "generate": "Continue a prompt.",
+    "inspect": "Show what a model folder holds.",
+    "report": "Draw one HTML page about a training run.",
+    "demo": "Run the whole path on a small real model.",
+}
+"""What `moesaic --help` says of each verb, so that it need not import any."""
+
+
+def app() -> App:
+    """The command line, with no verb's module imported yet."""
+    moesaic = App(
+        name="moesaic",
+        help="Turn a dense language model into a mixture of experts, train it, shrink it, run it.",
+        version=__version__,
+        result_action="return_value",
+    )
+    for name, summary in VERBS.items():
+        moesaic.command(f"moesaic.cli.{name}:{name}", name=name, help=summary)
+    return moesaic
+
+
+def run(tokens: Sequence[str]) -> int:
+    """Run one command line and return its exit status; see the head of this module."""
+    try:
+        app()(tokens, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except CycloptsError as error:
+        return fail(str(error), 2)
+    except MoesaicError as error:
+        return fail(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of a pipe has gone, as with `| head`. Python must not flush to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        return fail(f"{error.strerror or error}{where}", 2)
+    except Exception:
+        traceback.print_exc()
+        return fail("this is a fault of Moesaic. Please report it with the lines above.", 1)
+    return 0
+
+
+def fail(message: str, status: int) -> int:
+    """Say in one line on stderr what is wrong, and return `status`."""
+    print(f"moesaic: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""`moesaic train RECIPE`."""
+
+from __future__ import annotations
+
+import moesaic
+from moesaic.cli.verb import Summary, verb
+from moesaic.training.config import TrainConfig
+
+
+@verb(TrainConfig, recipe=True)
+def train(config: TrainConfig) -> Summary:
+    """Train a model, dense or mixture of experts: pre-training, continued training, fine-tuning.
+
+    A run folder that holds a checkpoint is gone on with, to the last bit as if never stopped.
+    """
+    summary: Summary = moesaic.train(config)
+    return summary

@@ -1,0 +1,239 @@
+"""Make a command out of a job's Config: one flag for each of its values.
+
+    @verb(EvaluateConfig, positional=("model", "tokens"))
+    def evaluate(config: EvaluateConfig) -> Summary:
+        \"\"\"Measure ...\"\"\"
+        return moesaic.evaluate(config)
+
+gives `moesaic evaluate MODEL TOKENS --batch-size 8 --json`. The Config is the only place where a
+flag's name, type, default and help stand; sections become dotted flags (`--optimizer.lr`). A verb
+with a recipe takes a TOML file too, which the flags override, and `--dry-run`.
+
+Everything here must answer `--help` at once, so nothing here or in a Config loads torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import sys
+import tomllib
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from cyclopts import Group, Parameter
+
+from moesaic.config import NONE, Leaf, build, describe, leaves, load_toml, merge, to_toml
+
+Config = TypeVar("Config")
+Summary = dict[str, Any]
+"""What a job says it did: JSON-ready."""
+
+ARGUMENTS = Group("Arguments", sort_key=1)
+OPTIONS = Group("Options", sort_key=2)
+
+NOT_GIVEN: Any = type("NotGiven", (), {"__repr__": lambda self: "not given"})()
+"""The default of every flag, so that a recipe's value is overridden only by what was typed."""
+
+
+def verb(
+    cls: type[Config],
+    *,
+    positional: tuple[str, ...] = (),
+    recipe: bool = False,
+    show: Callable[[Summary], Iterable[str]] | None = None,
+) -> Callable[[Callable[[Config], Summary]], Callable[..., None]]:
+    """Turn a function of one Config into a command.
+
+    Args:
+        cls: The job's Config. Each of its values becomes a flag.
+        positional: Values given by position instead; a tuple among them takes all that is left.
+        recipe: Take a TOML file first, and `--dry-run`.
+        show: The lines to print for a summary; without it, every value of it.
+    """
+
+    def decorate(job: Callable[[Config], Summary]) -> Callable[..., None]:
+        flags = {leaf.name.replace(".", "__"): leaf for leaf in leaves(cls)}
+
+        def command(*args: Any, **given: Any) -> None:
+            bound = command.__signature__.bind(*args, **given).arguments  # type: ignore[attr-defined]
+            typed = {name: value for name, value in bound.items() if value is not NOT_GIVEN}
+            as_json, dry_run = typed.pop("json", False), typed.pop("dry_run", False)
+            path = typed.pop("recipe", None)
+            values = nest({flags[name]: value for name, value in typed.items()})
+            if path is not None:
+                values = merge(load_toml(path), values)
+            config = build(cls, values, where=path or "the command line")
+            if dry_run:
+                print(to_toml(config), end="")
+                return
+            # Only results may reach stdout, whatever a library prints.
+            with contextlib.redirect_stdout(sys.stderr):
+                summary = job(config)
+            print_summary(summary, as_json=as_json, show=show or lines)
+
+        parameters = [_parameter(name, leaf, positional, recipe) for name, leaf in flags.items()]
+        parameters.sort(key=lambda parameter: (_order(parameter.name, positional), parameter.kind))
+        if recipe:
+            parameters = [_RECIPE, *parameters, _DRY_RUN]
+        command.__signature__ = inspect.Signature([*parameters, _JSON])  # type: ignore[attr-defined]
+        command.__name__ = job.__name__
+        command.__doc__ = job.__doc__
+        return command
+
+    return decorate
+
+
+def nest(typed: Mapping[Leaf, Any]) -> dict[str, Any]:
+    """Dotted values as nested sections, which is what a recipe is."""
+    values: dict[str, Any] = {}
+    for leaf, value in typed.items():
+        *sections, name = leaf.name.split(".")
+        section = values
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = _from_toml(value) if _flag_type(leaf.type) is str else value
+    return values
+
+
+def print_summary(
+    summary: Summary, *, as_json: bool, show: Callable[[Summary], Iterable[str]]
+) -> None:
+    """Print what a job did on stdout: JSON for programs, lines for people."""
+    if as_json:
+        print(json.dumps(_json_ready(summary), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        for line in show(summary):
+            print(line)
+
+
+def lines(summary: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every value of a summary as `name: value`; nested names are joined by a dot."""
+    for key, value in summary.items():
+        if isinstance(value, Mapping):
+            yield from lines(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            for index, item in enumerate(value):
+                yield from lines(item, f"{prefix}{key}.{index}.")
+        else:
+            yield f"{prefix}{key}: {format_value(value)}"
+
+
+def format_value(value: Any) -> str:
+    """A number with its thousands apart or four digits, a list by its items, text as it is."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: NONE}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, list | tuple):
+        return " ".join(format_value(item) for item in value)
+    return str(value)
+
+
+def _json_ready(value: Any) -> Any:
+    """JSON has no infinity and no NaN; null stands for a number that is none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+_RECIPE = inspect.Parameter(
+    "recipe",
+    inspect.Parameter.POSITIONAL_ONLY,
+    default=None,
+    annotation=Annotated[
+        Path | None, Parameter(help="TOML file; flags override it.", group=ARGUMENTS)
+    ],
+)
+_DRY_RUN = inspect.Parameter(
+    "dry_run",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool,
+        Parameter(
+            name="--dry-run",
+            negative=(),
+            show_default=False,
+            help="Print the full config and stop.",
+            group=OPTIONS,
+        ),
+    ],
+)
+_JSON = inspect.Parameter(
+    "json",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool,
+        Parameter(name="--json", negative=(), show_default=False, help="Print the result as JSON."),
+    ],
+)
+
+
+def _order(name: str, positional: tuple[str, ...]) -> int:
+    return positional.index(name) if name in positional else len(positional)
+
+
+def _parameter(
+    name: str, leaf: Leaf, positional: tuple[str, ...], recipe: bool
+) -> inspect.Parameter:
+    by_position = name in positional
+    is_required = leaf.default is dataclasses.MISSING
+    section = leaf.name.rpartition(".")[0]
+    wanted = _flag_type(leaf.type)
+    flag = "--" + leaf.name.replace("_", "-")
+    options = Parameter(
+        name=None if by_position else flag,
+        help=leaf.doc + (f" ({describe(leaf.type)})" if wanted is str is not leaf.type else ""),
+        # A switch that is on by default is turned off by --no-switch; nothing else has two forms.
+        negative="--no-" + leaf.name.replace("_", "-") if leaf.default is True else (),
+        show_default=False if is_required else lambda _: _default_text(leaf.default),
+        group=Group(section, sort_key=3) if section else ARGUMENTS if by_position else OPTIONS,
+    )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.POSITIONAL_ONLY if by_position else inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if is_required and not recipe else NOT_GIVEN,
+        annotation=Annotated[wanted, options],
+    )
+
+
+def _flag_type(wanted: Any) -> Any:
+    """What cyclopts shall convert a flag to; str where only TOML can tell what was meant."""
+    members = [arg for arg in get_args(wanted) if arg is not types.NoneType]
+    if get_origin(wanted) is types.UnionType and len(members) > 1:
+        return str
+    inner = members[0] if get_origin(wanted) is types.UnionType else wanted
+    if inner in (str, int, float, bool, Path) or get_origin(inner) in (Literal, tuple):
+        return wanted
+    return str
+
+
+def _from_toml(text: Any) -> Any:
+    """`3`, `[1, 2]` or `{ code = 7.0 }` as TOML reads it; anything else is text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _default_text(default: Any) -> str:
+    if default is None:
+        return NONE
+    if isinstance(default, tuple | list):
+        return " ".join(_default_text(item) for item in default) or NONE
+    if isinstance(default, float):
+        return f"{default:g}"
+    return str(default).lower() if isinstance(default, bool) else str(default)
