@@ -1,0 +1,1 @@
+"""Names and bytes on disk: model folders, read and written one tensor at a time."""
