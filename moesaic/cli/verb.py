@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -34,7 +35,7 @@ Config = TypeVar("Config")
 Summary = dict[str, Any]
 """What a job says it did: JSON-ready."""
 
-ARGUMENTS = Group("Arguments", sort_key=1)
+ARGUMENTS = Group("Given by position", sort_key=1)
 OPTIONS = Group("Options", sort_key=2)
 
 NOT_GIVEN: Any = type("NotGiven", (), {"__repr__": lambda self: "not given"})()
@@ -200,7 +201,7 @@ def _parameter(
         # A switch that is on by default is turned off by --no-switch; nothing else has two forms.
         negative="--no-" + leaf.name.replace("_", "-") if leaf.default is True else (),
         show_default=False if is_required else lambda _: _default_text(leaf.default),
-        group=Group(section, sort_key=3) if section else ARGUMENTS if by_position else OPTIONS,
+        group=_group(section) if section else ARGUMENTS if by_position else OPTIONS,
     )
     return inspect.Parameter(
         name,
@@ -208,6 +209,12 @@ def _parameter(
         default=inspect.Parameter.empty if is_required and not recipe else NOT_GIVEN,
         annotation=Annotated[wanted, options],
     )
+
+
+@functools.cache
+def _group(section: str) -> Group:
+    """The box of a section in `--help`; cyclopts wants one object for one name."""
+    return Group(section, sort_key=3)
 
 
 def _flag_type(wanted: Any) -> Any:
