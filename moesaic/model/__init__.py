@@ -1,1 +1,1 @@
-"""The decoder: norm, rope, attention, mlp, block, transformer; built, loaded and saved in `build`."""
+"""The decoder: norm, rope, attention, mlp, block, transformer; `build` makes and loads it."""

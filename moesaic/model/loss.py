@@ -31,7 +31,9 @@ def linear_cross_entropy(
     Returns:
         Scalar in nats, at least float32; 0 when every target is ignored.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, ignore_index)
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, targets_N, ignore_index
+    )
     return loss
 
 
