@@ -9,9 +9,6 @@ from moesaic.training.config import TrainConfig
 
 @verb(TrainConfig, recipe=True)
 def train(config: TrainConfig) -> Summary:
-    """Train a model, dense or mixture of experts: pre-training, continued training, fine-tuning.
-
-    A run folder that holds a checkpoint is gone on with, to the last bit as if never stopped.
-    """
+    """Train a model, dense or mixture of experts: pre-training, continued training, fine-tuning."""
     summary: Summary = moesaic.train(config)
     return summary

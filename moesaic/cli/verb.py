@@ -178,7 +178,13 @@ _JSON = inspect.Parameter(
     default=False,
     annotation=Annotated[
         bool,
-        Parameter(name="--json", negative=(), show_default=False, help="Print the result as JSON."),
+        Parameter(
+            name="--json",
+            negative=(),
+            show_default=False,
+            help="Print the result as JSON.",
+            group=OPTIONS,
+        ),
     ],
 )
 
