@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.folder import (
-    WeightReader,
     WeightWriter,
     check_complete,
     copy_tokenizer,
@@ -24,6 +23,7 @@ from moesaic.checkpoint.folder import (
 from moesaic.checkpoint.names import Entry, disk_entries
 from moesaic.files import NewFolder
 from moesaic.model.transformer import Transformer
+from moesaic.quantization.reader import WideReader
 from moesaic.spec import ModelSpec
 
 
@@ -70,7 +70,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Transformer:
-    """Read a model folder, one tensor at a time.
+    """Read a model folder, one tensor at a time. FP8 weights are widened.
 
     Args:
         folder: An HF folder of any family Moesaic reads.
@@ -87,7 +87,7 @@ def load_model(
     """
     folder = Path(folder)
     spec = read_spec(folder)
-    with WeightReader(folder) as reader:
+    with WideReader(folder) as reader:
         check_complete(reader, spec)
         model = build_model(spec, dtype=dtype, device=device)
         state = model.state_dict()

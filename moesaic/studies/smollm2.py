@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from moesaic.checkpoint.folder import WeightWriter, write_config
+from moesaic.checkpoint.names import disk_entries
 from moesaic.errors import ConfigError, FolderError
 from moesaic.files import NewFolder
 from moesaic.spec import ModelSpec, RopeSpec
@@ -72,9 +72,11 @@ def smollm2_folder(out: Path) -> Path:
         )
     spec = _spec(facts)
     with NewFolder(out) as new:
-        weights = dict(_weights(gguf, reader, spec))
-        save_file(weights, new.path / "model.safetensors", metadata={"format": "pt"})
-        _write_json(new.path / "config.json", _config(spec))
+        plan = [(entry.name, torch.bfloat16, entry.shape) for entry in disk_entries(spec)]
+        with WeightWriter(new.path, plan) as writer:
+            for name, weight in _weights(gguf, reader, spec):
+                writer.write(name, weight.to(torch.bfloat16))
+        write_config(new.path, spec, dtype="bfloat16")
         _write_tokenizer(new.path, facts)
     return out
 
@@ -125,48 +127,16 @@ def _spec(facts: dict[str, Any]) -> ModelSpec:
     )
 
 
-def _config(spec: ModelSpec) -> dict[str, Any]:
-    rope = {"rope_theta": spec.rope.theta, "rope_type": "default"}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden_dim,
-        "intermediate_size": spec.ffn_dim,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": spec.max_positions,
-        "rms_norm_eps": spec.norm_eps,
-        "rope_theta": spec.rope.theta,
-        "rope_scaling": None,
-        "rope_parameters": rope,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": spec.bos_token_id,
-        "eos_token_id": spec.eos_token_ids[0],
-        "pad_token_id": spec.pad_token_id,
-        "torch_dtype": "bfloat16",
-        "dtype": "bfloat16",
-    }
-
-
 def _weights(gguf: Any, reader: Any, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    names = ["model.embed_tokens.weight"]
-    for layer in range(spec.num_layers):
-        names += [f"model.layers.{layer}.{part}.weight" for part in _GGUF_NAMES]
-    for name in [*names, "model.norm.weight"]:
-        tensor = stored[_gguf_name(name)]
+    for entry in disk_entries(spec):
+        tensor = stored[_gguf_name(entry.name)]
         weight = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        if ".q_proj." in name:
+        if ".q_proj." in entry.name:
             weight = _halves_from_pairs(weight, spec.num_heads)
-        elif ".k_proj." in name:
+        elif ".k_proj." in entry.name:
             weight = _halves_from_pairs(weight, spec.num_kv_heads)
-        yield name, weight.to(torch.bfloat16)
+        yield entry.name, weight.reshape(entry.shape)
 
 
 def _gguf_name(name: str) -> str:
@@ -191,13 +161,13 @@ def _write_tokenizer(folder: Path, facts: dict[str, Any]) -> None:
     merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
         [
             AddedToken(token, special=True, normalized=False)
@@ -233,4 +203,4 @@ def _write_tokenizer(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + os.linesep, encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

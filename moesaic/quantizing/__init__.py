@@ -1,0 +1,1 @@
+"""Shrink a model folder to 8-bit weights and say what that cost."""

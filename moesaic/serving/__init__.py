@@ -1,0 +1,1 @@
+"""Answer prompts with a model folder."""
