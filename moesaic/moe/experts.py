@@ -86,7 +86,7 @@ def grouped_swiglu(
         needs_grad = torch.is_grad_enabled() and (
             x_ND.requires_grad or any(w.requires_grad for w in (w1_EFD, w3_EFD, w2_EDF))
         )
-        if x_ND.is_cuda:
+        if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
             implementation = "grouped_mm"
         elif x_ND.shape[0] <= FEW_ROWS and not needs_grad:
             implementation = "loop"
@@ -97,14 +97,13 @@ def grouped_swiglu(
 
 
 def _loop(x_ND: Tensor, counts_E: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
-    y_ND = torch.zeros_like(x_ND)
     parts = []
     for expert, rows in _spans(counts_E.tolist()):
         x_nD = x_ND[rows]
         w1, w3, w2 = (w[expert].to(x_ND.dtype) for w in (w1_EFD, w3_EFD, w2_EDF))
         h_nF = functional.silu(functional.linear(x_nD, w1)) * functional.linear(x_nD, w3)
         parts.append(functional.linear(h_nF, w2))
-    return torch.cat(parts) if parts else y_ND
+    return torch.cat(parts) if parts else x_ND.clone()
 
 
 def _grouped_mm(

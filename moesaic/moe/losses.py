@@ -51,8 +51,9 @@ def switch_balance_loss(probs_TE: Tensor, counts_GE: Tensor) -> Tensor:
     """
     groups, num_experts = counts_GE.shape
     mean_GE = probs_TE.view(groups, -1, num_experts).mean(dim=1)
+    counts_GE = counts_GE.to(probs_TE.dtype)
     share_GE = counts_GE / counts_GE.sum(dim=-1, keepdim=True)
-    return num_experts * (share_GE.to(probs_TE.dtype) * mean_GE).sum(dim=-1).mean()
+    return num_experts * (share_GE * mean_GE).sum(dim=-1).mean()
 
 
 def router_z_loss(logits_TE: Tensor) -> Tensor:
