@@ -160,13 +160,20 @@ def damage(folder: Path) -> str | None:
 
 
 def prune(checkpoints: Path, *, keep: int) -> None:
-    """Delete all but the `keep` newest states, oldest first."""
+    """Delete all but the `keep` newest states, oldest first.
+
+    Raises:
+        FolderError: One cannot be deleted.
+    """
     for folder in _folders(checkpoints)[:-keep]:
         # Renamed first: a kill in the middle of deleting must not leave half a state
         # under a state's name.
         dying = folder.with_name(f".{folder.name}.deleted")
         shutil.rmtree(dying, ignore_errors=True)
-        folder.rename(dying)
+        try:
+            folder.rename(dying)
+        except OSError as error:
+            raise FolderError(f"{folder} cannot be deleted: {error.strerror}.") from error
         shutil.rmtree(dying, ignore_errors=True)
 
 

@@ -175,6 +175,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _at_least("steps", self.steps, 1)
+        if self.routing.capacity_group == "global_batch" and self.data.accumulation > 1:
+            raise ConfigError(
+                f"routing.capacity_group is global_batch, but a step has "
+                f"{self.data.accumulation} micro-batches, which cannot wait for each other. "
+                f"Set data.accumulation to 1, or count by micro_batch or sequence."
+            )
         self.schedule.check(peak=self.optimizer.lr, steps=self.steps)
 
 

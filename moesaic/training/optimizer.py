@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.training.config import OptimizerConfig
 
+NORM_PIECE = 2**18
+"""Values of a gradient whose squares are summed at once."""
+
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Stop gradients of every parameter whose name matches one of the patterns.
@@ -89,13 +92,14 @@ def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
 
 def gradient_norm(optimizer: torch.optim.AdamW) -> float:
     """Euclidean norm of all gradients as one vector."""
-    norms = [
-        torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
-    ]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+    norms = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert parameter.grad is not None, f"no gradient on {tuple(parameter.shape)=}"
+            # In pieces: a float32 sum over millions loses digits, and a float64 one is slow.
+            for piece in parameter.grad.reshape(-1).split(NORM_PIECE):
+                norms.append(torch.linalg.vector_norm(piece))
+    return float(torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64))
 
 
 def update(optimizer: torch.optim.AdamW, *, norm: float, clip: float) -> None:
