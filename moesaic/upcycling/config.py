@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, SpecError
 from moesaic.spec import Family, ModelSpec, MoESpec
 
 Initialisation = Literal["copy", "noise", "drop", "mix", "granular"]
@@ -118,7 +118,7 @@ class UpcycleConfig:
             )
         if (self.dense_tokens is None) != (self.moe_tokens is None):
             raise ConfigError(
-                "The verdict needs both budgets: dense_tokens and moe_tokens. One of them is missing."
+                "The verdict needs both budgets, dense_tokens and moe_tokens, but one is missing."
             )
 
     def _check_experts(self) -> None:
@@ -254,7 +254,14 @@ def upcycled_spec(dense: ModelSpec, config: UpcycleConfig) -> ModelSpec:
         gate_norm_scale=config.gate_norm_scale,
         selection_bias=config.selection_bias,
     )
-    return dense.replace(family=_family(dense, moe, layers), moe=moe, moe_layers=layers)
+    # Where every layer is MoE no layer has the dense width, and Mixtral has no key for it.
+    ffn_dim = moe.expert_dim if len(layers) == dense.num_layers else dense.ffn_dim
+    changes = {"moe": moe, "moe_layers": layers, "ffn_dim": ffn_dim}
+    try:
+        return dense.replace(family=_MOE_FAMILY[dense.family], **changes)
+    except SpecError:
+        # That family cannot say all of it (normalised gates, some dense layers, biases ...).
+        return dense.replace(family="skywork", **changes)
 
 
 def _moe_layers(num_layers: int, config: UpcycleConfig) -> tuple[int, ...]:
@@ -273,17 +280,3 @@ def _moe_layers(num_layers: int, config: UpcycleConfig) -> tuple[int, ...]:
                 f"layers names layer {layer}, but the model has layers 0 to {num_layers - 1}."
             )
     return tuple(sorted(config.layers))
-
-
-def _family(dense: ModelSpec, moe: MoESpec, layers: tuple[int, ...]) -> Family:
-    """A Hugging Face family where one can say all of it, else `skywork`, which always can."""
-    family = _MOE_FAMILY[dense.family]
-    if moe.gate_norm_scale is not None or moe.selection_bias:
-        return "skywork"
-    if family == "mixtral":
-        # Mixtral has an MoE in every layer, no biases, and one window for all layers.
-        sliding = len(dense.sliding_layers)
-        is_uniform = len(layers) == dense.num_layers and sliding in (0, dense.num_layers)
-        if not is_uniform or dense.qkv_bias or dense.out_bias or dense.qk_norm:
-            return "skywork"
-    return family

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from moesaic.checkpoint.folder import WeightReader, read_spec
 from moesaic.checkpoint.names import disk_entries
 from moesaic.console import track
+from moesaic.data.tokenizer import load_tokenizer
 from moesaic.errors import DataError
 from moesaic.model.attention import Attention, attention_mask
 from moesaic.model.norm import RMSNorm
@@ -304,15 +305,10 @@ def _standard_library(characters: int) -> str:
 
 
 def _tokens_of(text: str, folder: Path, vocab_size: int) -> tuple[list[int], str]:
-    if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        ids, name = tokenizer.encode(text).ids, "tokenizer.json"
-    elif (folder / "tokenizer.model").is_file() or (folder / "vocab.json").is_file():
-        from transformers import AutoTokenizer
-
-        ids, name = AutoTokenizer.from_pretrained(folder)(text)["input_ids"], "transformers"
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        # The fast tokenizer itself: transformers' call warns of texts longer than the context.
+        ids = load_tokenizer(folder).backend_tokenizer.encode(text).ids
+        name = "the dense model's"
     else:
         ids = [byte % vocab_size for byte in text.encode()]
         name = "none: the text's bytes, modulo the vocabulary"

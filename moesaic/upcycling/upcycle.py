@@ -173,24 +173,27 @@ def _open(stack: ExitStack, folder: Path, spec: ModelSpec) -> _Source:
     for name, info in reader.entries.items():
         if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
             raise FolderError(
-                f"Tensor {name} of {folder} is {info.dtype}. Upcycling needs 16-bit floats or wider."
+                f"Tensor {name} of {folder} is {info.dtype}. "
+                "Upcycling needs floats of 16 bits or more."
             )
     return source
+
+
+_SIZES = (
+    "num_layers",
+    "hidden_dim",
+    "ffn_dim",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+)
 
 
 def _check_same_shapes(base: Path, dense: ModelSpec, folder: Path, spec: ModelSpec) -> None:
     if spec.moe is not None:
         raise ConfigError(f"{folder} is a mixture of experts already. Mix in dense models.")
-    sizes = (
-        "num_layers",
-        "hidden_dim",
-        "ffn_dim",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "vocab_size",
-    )
-    for size in sizes:
+    for size in _SIZES:
         if getattr(spec, size) != getattr(dense, size):
             raise ConfigError(
                 f"{folder} has {size} {getattr(spec, size)}, but the base {base} has "

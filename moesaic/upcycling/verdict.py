@@ -44,7 +44,7 @@ def verdict(
         numbers, and the numbers. Costs are FLOPs of a dense model's training, forward and
         backward (3 times forward), so that C_MoE / C_dense is the ratio of GPU hours.
     """
-    context = dense.max_positions
+    context = (dense.max_positions + 1) / 2  # what a token of a full sequence sees on average
     dense_cost = 3 * dense.flops_per_token(context) * dense_tokens
     moe_cost = 3 * dense.flops_per_token(context) * relative_cost * moe_tokens
     flops_ratio = moe.flops_per_token(context) / dense.flops_per_token(context)
