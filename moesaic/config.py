@@ -107,14 +107,14 @@ class Leaf:
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[Leaf]:
-    """Every value of a config in order, sections unfolded; lists of sections are left out."""
+    """Every value of a config in order, sections unfolded; a list of sections is one value."""
     hints = get_type_hints(cls)
     docs = _field_docs(cls)
     for field in _init_fields(cls):
         section = _section_of(hints[field.name])
         if section is not None:
             yield from leaves(section, f"{prefix}{field.name}.")
-        elif not any(dataclasses.is_dataclass(arg) for arg in get_args(hints[field.name])):
+        else:
             yield Leaf(
                 name=prefix + field.name,
                 type=hints[field.name],

@@ -186,7 +186,7 @@ def test_leaves_carry_dotted_names_defaults_and_docs() -> None:
     assert found["rate.lr"].default == 1e-5
     assert found["rate.lr"].doc == "Learning rate, in two lines."
     assert "rate" not in found
-    assert "sources" not in found
+    assert found["sources"].default == ()
 
 
 def test_a_recipe_that_is_not_there_or_not_toml_is_one_line(tmp_path: Path) -> None:

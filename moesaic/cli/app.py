@@ -25,7 +25,7 @@ VERBS = {
     "train": "Train a model, dense or mixture of experts.",
     "evaluate": "Measure held-out loss and perplexity.",
     "quantize": "Shrink a model to FP8.",
-    "generate": "Continue a prompt.",
+    "generate": "Answer a prompt.",
     "inspect": "Show what a model folder holds.",
     "report": "Draw one HTML page about a training run.",
     "demo": "Run the whole path on a small real model.",

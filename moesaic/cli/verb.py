@@ -6,8 +6,9 @@
         return moesaic.evaluate(config)
 
 gives `moesaic evaluate MODEL TOKENS --batch-size 8 --json`. The Config is the only place where a
-flag's name, type, default and help stand; sections become dotted flags (`--optimizer.lr`). A verb
-with a recipe takes a TOML file too, which the flags override, and `--dry-run`.
+flag's name, type, default and help stand. Sections become dotted flags (`--optimizer.lr`); each
+section of a list is one `--sources name=web,path=texts`. A verb with a recipe takes a TOML file
+too, which the flags override, and `--dry-run`.
 
 Everything here must answer `--help` at once, so nothing here or in a Config loads torch.
 """
@@ -25,11 +26,12 @@ import tomllib
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TextIO, TypeVar, get_args, get_origin
 
 from cyclopts import Group, Parameter
 
 from moesaic.config import NONE, Leaf, build, describe, leaves, load_toml, merge, to_toml
+from moesaic.errors import ConfigError
 
 Config = TypeVar("Config")
 Summary = dict[str, Any]
@@ -48,7 +50,8 @@ def verb(
     positional: tuple[str, ...] = (),
     recipe: bool = False,
     show: Callable[[Summary], Iterable[str]] | None = None,
-) -> Callable[[Callable[[Config], Summary]], Callable[..., None]]:
+    streams: bool = False,
+) -> Callable[[Callable[..., Summary]], Callable[..., None]]:
     """Turn a function of one Config into a command.
 
     Args:
@@ -56,9 +59,11 @@ def verb(
         positional: Values given by position instead; a tuple among them takes all that is left.
         recipe: Take a TOML file first, and `--dry-run`.
         show: The lines to print for a summary; without it, every value of it.
+        streams: The function also takes `on_text`, which prints text as it comes; it is None
+            where the result is to be JSON.
     """
 
-    def decorate(job: Callable[[Config], Summary]) -> Callable[..., None]:
+    def decorate(job: Callable[..., Summary]) -> Callable[..., None]:
         flags = {leaf.name.replace(".", "__"): leaf for leaf in leaves(cls)}
 
         def command(*args: Any, **given: Any) -> None:
@@ -73,9 +78,10 @@ def verb(
             if dry_run:
                 print(to_toml(config), end="")
                 return
+            also = {"on_text": None if as_json else _writer(sys.stdout)} if streams else {}
             # Only results may reach stdout, whatever a library prints.
             with contextlib.redirect_stdout(sys.stderr):
-                summary = job(config)
+                summary = job(config, **also)
             print_summary(summary, as_json=as_json, show=show or lines)
 
         parameters = [_parameter(name, leaf, positional, recipe) for name, leaf in flags.items()]
@@ -90,6 +96,14 @@ def verb(
     return decorate
 
 
+def _writer(stdout: TextIO) -> Callable[[str], None]:
+    def write(text: str) -> None:
+        stdout.write(text)
+        stdout.flush()
+
+    return write
+
+
 def nest(typed: Mapping[Leaf, Any]) -> dict[str, Any]:
     """Dotted values as nested sections, which is what a recipe is."""
     values: dict[str, Any] = {}
@@ -98,7 +112,33 @@ def nest(typed: Mapping[Leaf, Any]) -> dict[str, Any]:
         section = values
         for part in sections:
             section = section.setdefault(part, {})
-        section[name] = _from_toml(value) if _flag_type(leaf.type) is str else value
+        section[name] = _flag_value(leaf, value)
+    return values
+
+
+def _flag_value(leaf: Leaf, typed: Any) -> Any:
+    """What a recipe would hold where a flag has `typed`."""
+    section = _listed_section(leaf.type)
+    if section is not None:
+        return [_section_value(leaf.name, section, text) for text in typed]
+    if _flag_type(leaf.type) is str is not leaf.type:
+        return _from_toml(typed)
+    return typed
+
+
+def _section_value(flag: str, section: type, text: str) -> dict[str, Any]:
+    """`name=web,path=texts` as a section of a recipe."""
+    types_of = {leaf.name: leaf.type for leaf in leaves(section)}
+    values = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"--{flag} is {text!r}, but is written {'=...,'.join(list(types_of)[:2])}=... "
+                f"with any of {', '.join(types_of)}."
+            )
+        is_text = types_of.get(name) in (str, Path)
+        values[name] = value if is_text else _from_toml(value)
     return values
 
 
@@ -203,7 +243,7 @@ def _parameter(
     flag = "--" + leaf.name.replace("_", "-")
     options = Parameter(
         name=None if by_position else flag,
-        help=leaf.doc + (f" ({describe(leaf.type)})" if wanted is str is not leaf.type else ""),
+        help=_help(leaf),
         # A switch that is on by default is turned off by --no-switch; nothing else has two forms.
         negative="--no-" + leaf.name.replace("_", "-") if leaf.default is True else (),
         show_default=False if is_required else lambda _: _default_text(leaf.default),
@@ -217,6 +257,16 @@ def _parameter(
     )
 
 
+def _help(leaf: Leaf) -> str:
+    section = _listed_section(leaf.type)
+    if section is not None:
+        known = ", ".join(inner.name for inner in leaves(section))
+        return f"{leaf.doc} Written name=value,name=value with {known}; may be given several times."
+    if _flag_type(leaf.type) is str is not leaf.type:
+        return f"{leaf.doc} ({describe(leaf.type)})"
+    return leaf.doc
+
+
 @functools.cache
 def _group(section: str) -> Group:
     """The box of a section in `--help`; cyclopts wants one object for one name."""
@@ -225,6 +275,8 @@ def _group(section: str) -> Group:
 
 def _flag_type(wanted: Any) -> Any:
     """What cyclopts shall convert a flag to; str where only TOML can tell what was meant."""
+    if _listed_section(wanted) is not None:
+        return tuple[str, ...]
     members = [arg for arg in get_args(wanted) if arg is not types.NoneType]
     if get_origin(wanted) is types.UnionType and len(members) > 1:
         return str
@@ -232,6 +284,15 @@ def _flag_type(wanted: Any) -> Any:
     if inner in (str, int, float, bool, Path) or get_origin(inner) in (Literal, tuple):
         return wanted
     return str
+
+
+def _listed_section(wanted: Any) -> type | None:
+    """The section that a list holds, if it is a list of sections."""
+    inner = get_args(wanted)
+    if get_origin(wanted) is tuple and dataclasses.is_dataclass(inner[0]):
+        assert isinstance(inner[0], type)
+        return inner[0]
+    return None
 
 
 def _from_toml(text: Any) -> Any:
