@@ -132,6 +132,12 @@ class TokenFolder:
         """Tokens in a split, of one source or of all."""
         return self._total(split, source, "tokens")
 
+    def document_of(self, split: str, source: str, i: int) -> int:
+        """The document that holds the middle of row `i`; documents count from 0."""
+        middle = i * self.sequence_length + self.sequence_length // 2
+        starts = self._streams[split, source, "documents"]
+        return int(np.searchsorted(starts, middle, side="right")) - 1
+
     def row(self, split: str, source: str, i: int) -> Row:
         """Row `i` of a source's split.
 

@@ -1,15 +1,15 @@
 """Held-out loss: how surprised a model is by text that it was not trained on.
 
 The loss is in nats a token, over every target that counts (not padding, not across a
-document's end); perplexity is its exponential. Tokens near each other err together, so the
-standard error takes a sequence, not a token, as one draw:
+document's end); perplexity is its exponential. Tokens of one document err together, so the
+standard error takes a document, not a token, as one draw; a sequence that holds parts of several
+documents belongs to the one at its middle:
 
     loss = sum_i s_i / sum_i n_i,    error^2 = N/(N-1) * sum_i (s_i - loss n_i)^2 / (sum_i n_i)^2
 
-with s_i nats over n_i tokens in sequence i of N, the usual one for a ratio of two sums. Two
+with s_i nats over n_i tokens in document i of N, the usual one for a ratio of two sums. Two
 models are compared sequence by sequence, with s_i their difference: what makes a text hard
-for both cancels, so a small difference shows on little text. Sequences cut from one long
-document are not quite independent, so true errors are somewhat larger.
+for both cancels, so a small difference shows on little text.
 
 Shapes.  B sequences    S positions    D model width
 """
@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from moesaic.console import track
-from moesaic.data.tokenfolder import TokenFolder
+from moesaic.data.tokenfolder import IGNORED, TokenFolder
 from moesaic.errors import DataError
 from moesaic.model.loss import linear_cross_entropy
 from moesaic.model.transformer import Transformer
@@ -34,7 +34,10 @@ class SequenceLoss:
     """What one sequence contributed."""
 
     source: str
+    document: int
+    """The document at its middle, counted within the source."""
     nats: float
+    """Sum over the targets that count."""
     tokens: int
 
 
@@ -61,8 +64,8 @@ class HeldoutLoss:
 
     @property
     def standard_error(self) -> float | None:
-        """Of the loss, over sequences; None for a single one."""
-        return _standard_error([(item.nats, item.tokens) for item in self.sequences])
+        """Of the loss, over documents; None when there is only one."""
+        return _standard_error(self.sequences)
 
     @property
     def sources(self) -> dict[str, HeldoutLoss]:
@@ -76,21 +79,23 @@ class HeldoutLoss:
     def minus(self, other: HeldoutLoss) -> tuple[float, float | None]:
         """This loss less another over the same sequences, and the difference's standard error."""
         pairs = [
-            (mine.nats - its.nats, mine.tokens)
+            replace(mine, nats=mine.nats - its.nats)
             for mine, its in zip(self.sequences, other.sequences, strict=True)
         ]
-        difference = math.fsum(nats for nats, _ in pairs) / self.tokens
-        return difference, _standard_error(pairs)
+        return HeldoutLoss(tuple(pairs)).loss, _standard_error(pairs)
 
 
-def _standard_error(items: Sequence[tuple[float, int]]) -> float | None:
-    count = len(items)
-    if count < 2:
+def _standard_error(sequences: Sequence[SequenceLoss]) -> float | None:
+    sums: dict[tuple[str, int], tuple[float, int]] = {}
+    for item in sequences:
+        nats, tokens = sums.get((item.source, item.document), (0.0, 0))
+        sums[item.source, item.document] = nats + item.nats, tokens + item.tokens
+    if len(sums) < 2:
         return None
-    tokens = sum(n for _, n in items)
-    mean = math.fsum(s for s, _ in items) / tokens
-    squares = math.fsum((s - mean * n) ** 2 for s, n in items)
-    return math.sqrt(count / (count - 1) * squares) / tokens
+    total = sum(tokens for _, tokens in sums.values())
+    mean = math.fsum(nats for nats, _ in sums.values()) / total
+    squares = math.fsum((nats - mean * tokens) ** 2 for nats, tokens in sums.values())
+    return math.sqrt(len(sums) / (len(sums) - 1) * squares) / total
 
 
 @torch.no_grad()
@@ -116,9 +121,9 @@ def heldout_loss(
     Raises:
         DataError: If the split is empty, or has tokens that the model does not know.
     """
-    if folder.header.vocab_size > model.spec.vocab_size:
+    if folder.vocab_size > model.spec.vocab_size:
         raise DataError(
-            f"{folder.path} has a vocabulary of {folder.header.vocab_size:,}, but the model knows "
+            f"{folder.path} has a vocabulary of {folder.vocab_size:,}, but the model knows "
             f"{model.spec.vocab_size:,} tokens. Prepare the text with the model's own tokenizer."
         )
     rows = _chosen_rows(folder, split, max_sequences)
@@ -132,9 +137,16 @@ def heldout_loss(
             for part in range(3)
         )
         hidden_BSD, _ = model.hidden(inputs_BS, documents_BS=documents_BS)
-        for (source, _), hidden_SD, targets_S in zip(batch, hidden_BSD, targets_BS, strict=True):
-            nats = linear_cross_entropy(hidden_SD, model.head_weight, targets_S)
-            losses.append(SequenceLoss(source, float(nats), int((targets_S != -100).sum())))
+        for (source, row), hidden_SD, target_S in zip(batch, hidden_BSD, targets_BS, strict=True):
+            nats = linear_cross_entropy(hidden_SD, model.head_weight, target_S)
+            losses.append(
+                SequenceLoss(
+                    source=source,
+                    document=folder.document_of(split, source, row),
+                    nats=float(nats),
+                    tokens=int((target_S != IGNORED).sum()),
+                )
+            )
     result = HeldoutLoss(tuple(losses))
     if not result.tokens:
         raise DataError(f"The {split} split of {folder.path} has no token that counts as a target.")
@@ -143,9 +155,9 @@ def heldout_loss(
 
 def _chosen_rows(folder: TokenFolder, split: str, most: int | None) -> list[tuple[str, int]]:
     rows = [
-        (source.name, row)
-        for source in folder.header.sources
-        for row in range(folder.num_sequences(split, source.name))
+        (source, row)
+        for source in folder.sources
+        for row in range(folder.num_sequences(split, source))
     ]
     if not rows:
         raise DataError(f"The {split} split of {folder.path} is empty. Prepare it with more text.")

@@ -1,0 +1,1 @@
+"""Show what a model folder is and what a training run did."""

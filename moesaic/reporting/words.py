@@ -1,0 +1,219 @@
+"""Numbers as people read them, and the sentences at the top of the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moesaic.reporting.runfolder import Array, Routing, Run
+
+
+def count(number: float) -> str:
+    """1234567 -> 1.23 M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if abs(number) >= size:
+            return f"{number / size:.4g} {letter}"
+    return f"{number:,.0f}"
+
+
+def byte_count(number: float) -> str:
+    """Bytes in the binary unit that leaves a short number."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if number >= 1024**power:
+            return f"{number / 1024**power:.2f} {unit}"
+    return f"{number:.0f} bytes"
+
+
+def percent(share: float) -> str:
+    """A share in per cent with two significant digits."""
+    return f"{100 * share:.2g} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours and minutes."""
+    if seconds < 60:
+        return f"{seconds:.3g} seconds"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} minute" + "s" * (minutes != 1)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def edge(points: int) -> int:
+    """Points whose mean stands for the first or the last value: a tenth, 1 to 20."""
+    return max(1, min(20, points // 10))
+
+
+def first_and_last(values: Array) -> tuple[Array, Array]:
+    """Means over the first and over the last points, along the first axis."""
+    points = edge(len(values))
+    return mean(values[:points]), mean(values[-points:])
+
+
+def mean(values: Array) -> Array:
+    """Mean over the first axis of what is finite; NaN where nothing is."""
+    known = np.isfinite(values)
+    counts = known.sum(axis=0)
+    sums = np.where(known, values, 0).sum(axis=0)
+    means: Array = np.divide(sums, counts, out=np.full(np.shape(sums), np.nan), where=counts > 0)
+    return means
+
+
+def summary(run: Run) -> list[str]:
+    """What happened, in a few sentences with numbers."""
+    sentences = [_what_ran(run), _loss(run)]
+    if run.routing is not None:
+        sentences += [_drops(run, run.routing), _load(run.routing)]
+    if run.similarity is not None:
+        sentences.append(_similarity(run))
+    sentences.append(_heldout(run))
+    return [sentence for sentence in sentences if sentence]
+
+
+def _what_ran(run: Run) -> str:
+    if run.routing is not None or (run.spec and run.spec.moe):
+        model = "a mixture of experts"
+    else:
+        model = "a dense model" if run.spec else "a model"
+    if run.spec is not None:
+        model += f" of {count(run.spec.num_params())} parameters"
+        if run.spec.moe is not None:
+            model += (
+                f", {count(run.spec.active_params())} of them active for a token "
+                f"({run.spec.moe.num_experts} experts, top-{run.spec.moe.top_k}),"
+            )
+    steps = f"{run.last_step:,} step" + "s" * (run.last_step != 1)
+    amount = f"This run trained {model} for {steps}"
+    tokens = run.metrics.get("tokens")
+    if tokens is not None and np.isfinite(tokens[-1]):
+        amount += f", {count(tokens[-1])} tokens"
+    if run.planned_steps is None:
+        return amount + "."
+    if run.is_finished:
+        return amount + ", and finished."
+    return (
+        f"{amount}. {run.planned_steps:,} steps were planned, so it is still going or was stopped."
+    )
+
+
+def _loss(run: Run) -> str:
+    loss_P = run.metrics.get("loss", np.array([]))
+    loss_P = loss_P[np.isfinite(loss_P)]
+    if not len(loss_P):
+        return ""
+    if len(loss_P) == 1:
+        return f"Its training loss was {loss_P[0]:.3f} nats a token."
+    first, last = first_and_last(loss_P)
+    points = edge(len(loss_P))
+    over = f" (means of the first and the last {points} steps)" if points > 1 else ""
+    verb = "fell" if last < first else "rose"
+    return f"The training loss {verb} from {first:.3f} to {last:.3f} nats a token{over}."
+
+
+def _drops(run: Run, routing: Routing) -> str:
+    rates_PL = routing.numbers.get("drop_rate")
+    if rates_PL is None or not np.isfinite(rates_PL).any():
+        return ""
+    first_L, last_L = first_and_last(rates_PL)
+    if not np.isfinite(last_L).any():
+        return ""
+    if not np.nansum(rates_PL):
+        return "No token overflowed its expert."
+    what = "The token drop rate"
+    if run.is_dropless:
+        what = "No token was dropped; the share beyond the stated capacity"
+    worst = int(np.nanargmax(last_L))
+    sentence = (
+        f"{what}, mean over {_layers(len(last_L))}, went from {percent(_mean(first_L))} "
+        f"to {percent(_mean(last_L))}"
+    )
+    if len(last_L) > 1:
+        sentence += (
+            f"; at the end it was highest in layer {routing.layers[worst]} "
+            f"({percent(float(last_L[worst]))})"
+        )
+    coefficient = routing.numbers.get("coefficient")
+    if coefficient is None or not np.isfinite(coefficient).any():
+        return sentence + "."
+    begin_L, end_L = first_and_last(coefficient)
+    return (
+        f"{sentence}. The balance coefficient went from {_mean(begin_L):.2g} to "
+        f"{_mean(end_L):.2g} on average"
+        + (
+            f", from {np.nanmin(end_L):.2g} to {np.nanmax(end_L):.2g} by layer."
+            if len(end_L) > 1
+            else "."
+        )
+    )
+
+
+def _load(routing: Routing) -> str:
+    ratios_LE = fair_ratios(first_and_last(routing.load_PLE)[1])
+    if not np.isfinite(ratios_LE).all() or ratios_LE.shape[1] < 2:
+        return ""
+    most, least = (
+        np.unravel_index(i, ratios_LE.shape) for i in (ratios_LE.argmax(), ratios_LE.argmin())
+    )
+    unused = int((ratios_LE < 0.1).sum())
+    sentence = (
+        f"At the end the busiest expert, number {most[1]} of layer {routing.layers[most[0]]}, took "
+        f"{ratios_LE[most]:.2f} times its fair share of tokens, the idlest, number {least[1]} of "
+        f"layer {routing.layers[least[0]]}, {ratios_LE[least]:.2f} times"
+    )
+    if unused:
+        return f"{sentence}; {unused} of {ratios_LE.size} experts got less than a tenth of theirs."
+    return f"{sentence}; no expert got less than a tenth of its share."
+
+
+def _similarity(run: Run) -> str:
+    assert run.similarity is not None
+    values_PL = run.similarity.values_PL
+    if not np.isfinite(values_PL[-1]).any():
+        return ""
+    first, last = _mean(values_PL[0]), _mean(values_PL[-1])
+    if len(values_PL) == 1:
+        return f"The experts' similarity was {close(first)}."
+    change = "stayed at" if close(first) == close(last) else "went from"
+    numbers = close(last) if change == "stayed at" else f"{close(first)} to {close(last)}"
+    return f"Expert similarity, where 1 means copies of each other, {change} {numbers}."
+
+
+def close(value: float) -> str:
+    """A cosine, with the digits that tell it from 1."""
+    gap = abs(1 - value)
+    digits = 3 if gap == 0 or gap >= 0.01 else min(9, 1 - math.floor(math.log10(gap)))
+    return f"{value:.{digits}f}"
+
+
+def _heldout(run: Run) -> str:
+    rows = heldout_rows(run)
+    known = [row for row in rows if isinstance(row.get("loss"), int | float)]
+    if not known:
+        return ""
+    losses = "; ".join(f"{row.get('label', 'model')} {row['loss']:.3f}" for row in known)
+    best = min(known, key=lambda row: float(row["loss"]))
+    lowest = f" Lowest: {best.get('label', 'model')}." if len(known) > 1 else ""
+    return f"Held-out loss in nats a token: {losses}.{lowest}"
+
+
+def heldout_rows(run: Run) -> list[dict[str, Any]]:
+    """Rows of evaluation.json, one a model."""
+    rows = (run.evaluation or {}).get("models", [])
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def fair_ratios(load_xE: Array) -> Array:
+    """Loads that sum to 1 over the last axis, as multiples of an even share."""
+    ratios: Array = load_xE * load_xE.shape[-1]
+    return ratios
+
+
+def _layers(number: int) -> str:
+    return "1 layer" if number == 1 else f"{number} layers"
+
+
+def _mean(values: Array | Sequence[float]) -> float:
+    return float(np.nanmean(values))
