@@ -9,6 +9,8 @@ Nothing here loads torch.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -128,20 +130,21 @@ class NewFolder:
 
     def _rename(self) -> None:
         taken = self._target.is_dir() and any(self._target.iterdir())
-        if taken:
-            os.rename(self._target, self._replaced)
-        try:
-            os.rename(self.path, self._target)
-        except BaseException:
-            self._put_back_replaced()
-            raise
+        if not (taken and _exchange(self.path, self._target)):
+            if taken:
+                self._target.rename(self._replaced)
+            try:
+                self.path.rename(self._target)
+            except BaseException:
+                self._put_back_replaced()
+                raise
         _sync(self._target.parent)
         shutil.rmtree(self._replaced, ignore_errors=True)
 
     def _put_back_replaced(self) -> None:
         # Only there if a writer stopped between its two renames, or could not delete it all.
         if self._replaced.is_dir() and not self._target.exists():
-            os.rename(self._replaced, self._target)
+            self._replaced.rename(self._target)
         elif self._replaced.is_dir():
             shutil.rmtree(self._replaced, ignore_errors=True)
 
@@ -159,12 +162,13 @@ def write_text_atomic(path: str | Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial.replace(path)
         _sync(path.parent)
     except OSError as error:
         raise _not_written(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def sync_tree(folder: Path) -> None:
@@ -173,6 +177,18 @@ def sync_tree(folder: Path) -> None:
         for name in names:
             _sync(Path(parent) / name)
         _sync(Path(parent))
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, if this system can: Linux's renameat2 with RENAME_EXCHANGE."""
+    at_current_folder, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, there = os.fsencode(one), os.fsencode(other)
+    status: int = renameat2(at_current_folder, here, at_current_folder, there, rename_exchange)
+    return status == 0
 
 
 def _sync(path: Path) -> None:
@@ -199,8 +215,6 @@ def _not_written(out: Path, error: OSError) -> FolderError:
     where = f" ({error.filename})" if error.filename else ""
     advice = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        try:
+        with contextlib.suppress(OSError):
             advice = f" {shutil.disk_usage(out.parent).free:,} bytes are free there."
-        except OSError:
-            pass
     return FolderError(f"{out} was not written: {reason}{where}.{advice}")
