@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import traceback
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError
 
-from moesaic.errors import MoesaicError
+from moesaic.errors import ConfigError, MoesaicError
 from moesaic.version import __version__
 
 VERBS = {
@@ -40,6 +41,7 @@ def app() -> App:
         help="Turn a dense language model into a mixture of experts, train it, shrink it, run it.",
         version=__version__,
         result_action="return_value",
+        suppress_keyboard_interrupt=False,
     )
     for name, summary in VERBS.items():
         moesaic.command(f"moesaic.cli.{name}:{name}", name=name, help=summary)
@@ -49,6 +51,7 @@ def app() -> App:
 def run(tokens: Sequence[str]) -> int:
     """Run one command line and return its exit status; see the head of this module."""
     try:
+        refuse_second_spellings(tokens)
         app()(tokens, exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except CycloptsError as error:
@@ -68,6 +71,14 @@ def run(tokens: Sequence[str]) -> int:
         traceback.print_exc()
         return fail("this is a fault of Moesaic. Please report it with the lines above.", 1)
     return 0
+
+
+def refuse_second_spellings(tokens: Sequence[str]) -> None:
+    """A flag has one spelling; cyclopts would take `--top_k` for `--top-k`."""
+    for token in itertools.takewhile(lambda token: token != "--", tokens):
+        flag = token.partition("=")[0]
+        if flag.startswith("--") and "_" in flag:
+            raise ConfigError(f"Unknown option: {flag}. Did you mean {flag.replace('_', '-')}?")
 
 
 def fail(message: str, status: int) -> int:
