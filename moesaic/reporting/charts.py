@@ -34,6 +34,7 @@ WIDTH = 7.4
 
 INK, SOFT, GRID, ACCENT, SECOND = "#010101", "#010102", "#010103", "#010104", "#010105"
 _ROLES = {INK: "ink", SOFT: "soft", GRID: "grid", ACCENT: "accent", SECOND: "second"}
+_LONG = re.compile(r"(\.\d\d)\d+")
 _STAND_IN = re.compile(r"#0101[0-9a-f]{2}|#04[0-9a-f]{4}")
 
 LOAD_LIMIT = 4.0
@@ -257,6 +258,8 @@ def _time_axis(axes: Axes, steps_P: Array) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _short(step)))
     first, last = float(steps_P[0]), float(steps_P[-1])
+    if first == last:
+        axes.set_xticks([first])
     margin = 0.02 * (last - first) if last > first else 0.5
     axes.set_xlim(first - margin, last + margin)
 
@@ -284,6 +287,8 @@ def _value_axis(axes: Axes, panel: Panel, *, from_zero: bool) -> None:
         axes.set_ylim(0, 1.08 * top if top > 0 else 1)
     if panel.is_share:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
+    elif 0 < top < 0.001:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
     elif top >= 10_000:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
 
@@ -342,6 +347,8 @@ def _svg(figure: Figure, name: str, title: str, description: str) -> str:
     # The page's own font; matplotlib writes either both properties or, when older, one.
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    # A hundredth of a point is finer than any screen; the digits after it double the page.
+    svg = re.sub(r'\bd="[^"]+"', lambda path: _LONG.sub(r"\1", path.group(0)), svg)
     svg = _STAND_IN.sub(_variable, svg)
     opening = (
         f'<svg role="img" aria-labelledby="{name}-title {name}-desc" '

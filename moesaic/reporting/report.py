@@ -108,10 +108,13 @@ def _loss_section(run: Run) -> Section:
     if loss_P is not None and np.isfinite(loss_P).any():
         known_P = loss_P[np.isfinite(loss_P)]
         first, last = words.first_and_last(known_P)
-        caption = (
-            f"Cross entropy on the training text, in nats a token: {float(first):.3f} at the "
-            f"start, {float(last):.3f} at the end, lowest {known_P.min():.3f}."
-        )
+        caption = "Cross entropy on the training text, in nats a token"
+        if len(known_P) > 1:
+            caption += (
+                f": {float(first):.3f} at the start, {float(last):.3f} at the end, "
+                f"lowest {known_P.min():.3f}"
+            )
+        caption += "."
         svg = charts.loss_chart(run.metrics["step"], loss_P, name="loss", description=caption)
         section.figures.append(Figure(svg=svg, caption=caption))
     return section
@@ -280,7 +283,7 @@ def _similarity_section(run: Run) -> Section:
     )
     if run.similarity is not None and np.isfinite(run.similarity.values_PL).any():
         last_L = run.similarity.values_PL[-1]
-        lowest, highest = words.close(np.nanmin(last_L)), words.close(np.nanmax(last_L))
+        lowest, highest = words.cosines(float(np.nanmin(last_L)), float(np.nanmax(last_L)))
         caption = f"Similarity of each layer's experts; at the end from {lowest} to {highest}."
         panel = Panel(
             title="Mean cosine between experts",
@@ -361,8 +364,8 @@ def _layer_table(run: Run) -> dict[str, Any] | None:
     routing = run.routing
     columns: dict[str, list[str]] = {}
     for name, title, show in (
-        ("drop_rate", _drop_title(run), words.percent),
-        ("coefficient", "Coefficient", "{:.2g}".format),
+        ("drop_rate", _drop_title(run), lambda rate: f"{100 * rate:.2f} %"),
+        ("coefficient", "Coefficient", "{:.4f}".format),
         ("max1_over_max2", "Max1/Max2", "{:.2f}".format),
         ("max2_over_max3", "Max2/Max3", "{:.2f}".format),
         ("entropy", "Entropy", "{:.2f}".format),
@@ -374,7 +377,7 @@ def _layer_table(run: Run) -> dict[str, Any] | None:
     columns["Idlest expert"] = _arrows(ratios_PLE.min(axis=2), "{:.2f}".format)
     if run.similarity is not None and run.similarity.layers == routing.layers:
         values_PL = run.similarity.values_PL
-        columns["Similarity"] = _arrows(values_PL[[0, -1]], words.close)
+        columns["Similarity"] = _arrows(values_PL[[0, -1]], lambda value: words.cosines(value)[0])
     rows = [
         [str(layer), *(column[row] for column in columns.values())]
         for row, layer in enumerate(routing.layers)
@@ -437,5 +440,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(item, Mapping):
             rows += _flat(item, f"{prefix}{name}.")
         else:
-            rows.append((f"{prefix}{name}", "–" if item is None else str(item)))
+            shown = f"{item:,.4g}" if isinstance(item, float) else str(item)
+            rows.append((f"{prefix}{name}", "–" if item is None else shown))
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,10 @@ def percent(share: float) -> str:
 def duration(seconds: float) -> str:
     """Seconds as hours and minutes."""
     if seconds < 60:
-        return f"{seconds:.3g} seconds"
+        return f"{seconds:.3g} s"
     minutes = round(seconds / 60)
     if minutes < 120:
-        return f"{minutes} minute" + "s" * (minutes != 1)
+        return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min"
 
 
@@ -76,8 +76,10 @@ def summary(run: Run) -> list[str]:
 def _what_ran(run: Run) -> str:
     if run.routing is not None or (run.spec and run.spec.moe):
         model = "a mixture of experts"
+    elif run.spec or not np.isfinite(run.metrics.get("drop_rate", np.array([0.0]))).any():
+        model = "a dense model"
     else:
-        model = "a dense model" if run.spec else "a model"
+        model = "a model"
     if run.spec is not None:
         model += f" of {count(run.spec.num_params())} parameters"
         if run.spec.moe is not None:
@@ -117,7 +119,7 @@ def _drops(run: Run, routing: Routing) -> str:
     rates_PL = routing.numbers.get("drop_rate")
     if rates_PL is None or not np.isfinite(rates_PL).any():
         return ""
-    first_L, last_L = first_and_last(rates_PL)
+    last_L = first_and_last(rates_PL)[1]
     if not np.isfinite(last_L).any():
         return ""
     if not np.nansum(rates_PL):
@@ -125,29 +127,26 @@ def _drops(run: Run, routing: Routing) -> str:
     what = "The token drop rate"
     if run.is_dropless:
         what = "No token was dropped; the share beyond the stated capacity"
-    worst = int(np.nanargmax(last_L))
-    sentence = (
-        f"{what}, mean over {_layers(len(last_L))}, went from {percent(_mean(first_L))} "
-        f"to {percent(_mean(last_L))}"
-    )
+    change = _change(rates_PL, percent)
+    sentence = f"{what}, mean over {_layers(len(last_L))}, {change}"
     if len(last_L) > 1:
+        worst = int(np.nanargmax(last_L))
         sentence += (
             f"; at the end it was highest in layer {routing.layers[worst]} "
             f"({percent(float(last_L[worst]))})"
         )
-    coefficient = routing.numbers.get("coefficient")
-    if coefficient is None or not np.isfinite(coefficient).any():
+    coefficient_PL = routing.numbers.get("coefficient")
+    if coefficient_PL is None or not np.isfinite(coefficient_PL).any():
         return sentence + "."
-    begin_L, end_L = first_and_last(coefficient)
-    return (
-        f"{sentence}. The balance coefficient went from {_mean(begin_L):.2g} to "
-        f"{_mean(end_L):.2g} on average"
-        + (
-            f", from {np.nanmin(end_L):.2g} to {np.nanmax(end_L):.2g} by layer."
-            if len(end_L) > 1
-            else "."
-        )
-    )
+    end_L = first_and_last(coefficient_PL)[1]
+    by_layer = f" ({np.nanmin(end_L):.2g} to {np.nanmax(end_L):.2g} by layer)" * (len(end_L) > 1)
+    change = _change(coefficient_PL, "{:.2g}".format)
+    return f"{sentence}. The balance coefficient {change} on average{by_layer}."
+
+
+def _change(values_PL: Array, show: Callable[[float], str]) -> str:
+    first, last = (show(_mean(values)) for values in first_and_last(values_PL))
+    return f"was {last}" if first == last else f"went from {first} to {last}"
 
 
 def _load(routing: Routing) -> str:
@@ -173,19 +172,18 @@ def _similarity(run: Run) -> str:
     values_PL = run.similarity.values_PL
     if not np.isfinite(values_PL[-1]).any():
         return ""
-    first, last = _mean(values_PL[0]), _mean(values_PL[-1])
+    first, last = cosines(_mean(values_PL[0]), _mean(values_PL[-1]))
     if len(values_PL) == 1:
-        return f"The experts' similarity was {close(first)}."
-    change = "stayed at" if close(first) == close(last) else "went from"
-    numbers = close(last) if change == "stayed at" else f"{close(first)} to {close(last)}"
-    return f"Expert similarity, where 1 means copies of each other, {change} {numbers}."
+        return f"The experts' similarity was {last}, where 1 means copies of each other."
+    change = f"stayed at {last}" if first == last else f"went from {first} to {last}"
+    return f"Expert similarity, where 1 means copies of each other, {change}."
 
 
-def close(value: float) -> str:
-    """A cosine, with the digits that tell it from 1."""
-    gap = abs(1 - value)
-    digits = 3 if gap == 0 or gap >= 0.01 else min(9, 1 - math.floor(math.log10(gap)))
-    return f"{value:.{digits}f}"
+def cosines(*values: float) -> list[str]:
+    """Cosines with one number of digits, enough to tell the closest to 1 from 1."""
+    gap = min((abs(1 - value) for value in values if value != 1), default=1.0)
+    digits = 3 if gap >= 0.01 else min(6, 1 - math.floor(math.log10(gap)))
+    return [f"{value:.{digits}f}" for value in values]
 
 
 def _heldout(run: Run) -> str:
