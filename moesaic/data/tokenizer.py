@@ -42,10 +42,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise FolderError(f"The tokenizer folder {folder} does not exist.")
     if not any(folder.glob(pattern) for pattern in ("tokenizer*.json", "tokenizer.model")):
         raise FolderError(f"{folder} holds no tokenizer: it has no tokenizer.json.")
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # Transformers has no class for skywork, and AutoTokenizer stumbles over that.
+    loader: Any = PreTrainedTokenizerFast if _is_skywork(folder) else AutoTokenizer
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer: Any = loader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers lets through whatever its parsers raise
         reason = " ".join(str(error).split())[:200]
         raise FolderError(f"The tokenizer in {folder} cannot be read: {reason}") from error
@@ -53,6 +55,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise FolderError(f"The tokenizer in {folder} has no fast version. Add a tokenizer.json.")
     fast: PreTrainedTokenizerFast = tokenizer
     return fast
+
+
+def _is_skywork(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "skywork"
 
 
 def copy_tokenizer(source: str | Path, out: str | Path) -> None:
