@@ -226,5 +226,10 @@ def _one_process() -> Iterator[None]:
 
 
 def _cause(error: CheckpointException) -> BaseException:
-    """What went wrong inside torch: its own exception would pass by every `except`."""
-    return next((cause for cause, _ in error.failures.values()), error)
+    """What went wrong inside torch, whose own exception would pass by every `except`."""
+    first = next((cause for cause, _ in error.failures.values()), error)
+    # On its way out of a failed write, torch's zip writer fails once more in words of its own.
+    behind: BaseException | None = first
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind or first

@@ -2,12 +2,11 @@
 
     MFU = 3 x (forward FLOPs a token) x (tokens a second) / (peak FLOP/s of the device)
 
-A backward pass costs two forward passes. Forward FLOPs a token are those of
-`ModelSpec.flops_per_token` at the sequence length: two for each multiply-add of the weights that
-are active for a token, and of attention. What recompute does twice counts once. The peak is a stated one, or
-what a large square matrix product reaches in the compute dtype on this machine.
-
-Shapes.  E experts
+A backward pass costs two forward passes. Forward FLOPs a token are `ModelSpec.flops_per_token`
+at the mean context of a causal sequence, (S + 1) / 2: two for each multiply-add of the weights
+that are active for a token, and of attention. What recompute does twice counts once. The peak
+is a stated one, or what a large square matrix product reaches on this device in the compute
+dtype.
 """
 
 from __future__ import annotations
@@ -70,8 +69,9 @@ class Metrics:
         self._metrics.add(line)
         self._event(line["step"], {k: v for k, v in line.items() if k != "step"})
         self._display.update(self._task, advance=1, description=describe(line))
-        if is_quiet() and (line["step"] % self._config.log_every == 0 or line["step"] == 1):
-            note(f"step {line['step']}/{self._steps}  {describe(line)}")
+        step = line["step"]
+        if is_quiet() and (step % self._config.log_every == 0 or step in (1, self._steps)):
+            note(f"step {step}/{self._steps}  {describe(line)}")
 
     def add_routing(
         self,

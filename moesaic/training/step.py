@@ -9,6 +9,8 @@ Shapes.  B sequences    S positions    N = B * S    D model width
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -70,7 +72,7 @@ def accumulate(
         for coefficient in coefficients_L.to(device).unbind()
     ]
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    statistics: list[RoutingStatistics] = []
+    of_batches: list[list[RoutingStatistics]] = []
     for batch in batches:
         hidden_BSD, of_layers = model.hidden(
             batch.input_ids_BS.to(device),
@@ -82,10 +84,11 @@ def accumulate(
             hidden_BSD.flatten(0, 1), model.head_weight, batch.targets_BS.to(device).flatten()
         )
         share = nats / num_targets
-        share.backward()  # type: ignore[no-untyped-call]
+        share.backward()
         loss += share.detach()
-        statistics = [a + b for a, b in zip(statistics, of_layers, strict=True)] or of_layers
-    return Gradients(loss, statistics)
+        of_batches.append(of_layers)
+    of_layer = zip(*of_batches, strict=True)
+    return Gradients(loss, [functools.reduce(operator.add, layer) for layer in of_layer])
 
 
 def check_finite(step: int, *, loss: float, norm: float, last_state: str) -> None:

@@ -32,7 +32,9 @@ from moesaic.data.batches import BatchOrder
 from moesaic.data.tokenfolder import TokenFolder
 from moesaic.errors import ConfigError
 from moesaic.files import write_text_atomic
+from moesaic.model.attention import Attention
 from moesaic.model.build import build_model, load_model, save_model
+from moesaic.model.mlp import MLP
 from moesaic.model.transformer import Transformer
 from moesaic.moe.balance import AdaptiveCoefficient
 from moesaic.moe.statistics import RoutingStatistics
@@ -131,10 +133,10 @@ class _Job:
             job.step = state.step
             job.loss, job.seconds = state.facts["loss"], state.facts["seconds"]
         if config.compile:
-            for block in model.model.layers:
-                for part in (block.self_attn, block.mlp):
-                    if part is not None:
-                        part.compile()
+            for part in model.modules():
+                # Not the MoE layers: their row counts differ from step to step.
+                if isinstance(part, Attention | MLP):
+                    part.compile()
         return job
 
     def tensors(self) -> dict[str, Tensor]:
@@ -325,6 +327,9 @@ def _check_resume(
 
 def _check_fit(config: TrainConfig, spec: ModelSpec, folder: TokenFolder) -> None:
     """Refuse what the config, the model and the data cannot be together."""
+    for source in (config.model, config.data.tokens):
+        if source.resolve().is_relative_to(config.run.resolve()):
+            raise ConfigError(f"The run folder {config.run} holds its own input {source}. Move one.")
     if folder.vocab_size > spec.vocab_size:
         raise ConfigError(
             f"{folder.path} holds tokens up to {folder.vocab_size - 1}, but {config.model} has "
