@@ -25,7 +25,7 @@ from torch import Tensor
 from moesaic.data.tokenfolder import TokenFolder
 from moesaic.errors import ConfigError
 
-LARGEST_PATTERN = 1_000_000
+LARGEST_PATTERN = 100_000
 """Rows after which the mixture must come out exactly."""
 
 
@@ -116,9 +116,10 @@ class BatchOrder:
 
 
 def mixture_pattern(weights: list[Fraction]) -> list[int]:
-    """Which source each row of a block comes from: exactly in proportion, evenly spread.
+    """Which source each row of a block comes from.
 
-    The k-th row of a source of weight w stands at (k + 1/2) / w; rows are taken in that order.
+    The block is exactly in proportion, and any beginning of it, for each source, by less than
+    one row not (Tijdeman, The chairman assignment problem, 1980).
 
     Raises:
         ConfigError: If no block of at most `LARGEST_PATTERN` rows is in proportion.
@@ -127,17 +128,27 @@ def mixture_pattern(weights: list[Fraction]) -> list[int]:
     counts = [int(weight * scale) for weight in weights]
     divisor = math.gcd(*counts)
     counts = [count // divisor for count in counts]
-    if sum(counts) > LARGEST_PATTERN:
+    length = sum(counts)
+    if length > LARGEST_PATTERN:
         raise ConfigError(
-            f"The mixture weights come out exactly only after {sum(counts):,} rows. "
+            f"The mixture weights come out exactly only after {length:,} rows. "
             f"Use rounder weights, such as 7, 2 and 1."
         )
-    order = sorted(
-        (Fraction(2 * k + 1, 2 * count), source)
-        for source, count in enumerate(counts)
-        for k in range(count)
-    )
-    return [source for _, source in order]
+    if len(counts) == 1:
+        return [0]
+    # A source is owed `debts[i] / length` rows. Of those owed enough, the one goes first whose
+    # debt would be the first to grow too large.
+    enough, debts, pattern = 2 * len(counts) - 2, [0] * len(counts), []
+    for _ in range(length):
+        debts = [debt + count for debt, count in zip(debts, counts, strict=True)]
+        _, first = min(
+            (Fraction((enough - 1) * length - enough * debt, count), source)
+            for source, (debt, count) in enumerate(zip(debts, counts, strict=True))
+            if enough * debt >= length
+        )
+        debts[first] -= length
+        pattern.append(first)
+    return pattern
 
 
 def shuffled(position: int, length: int, *, key: int) -> int:
@@ -150,10 +161,12 @@ def shuffled(position: int, length: int, *, key: int) -> int:
     assert 0 <= position < length, f"{position=}, {length=}"
     half = max(3, ((length - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
+    # Mixed twice, or neighbouring keys would share all their turns but one.
+    turns = [_mix(_mix(key) + turn) for turn in range(8)]
     while True:
         left, right = position >> half, position & low
-        for turn in range(8):
-            left, right = right, left ^ (_mix(right ^ _mix(key + turn)) & low)
+        for turn in turns:
+            left, right = right, left ^ (_mix(right ^ turn) & low)
         position = left << half | right
         if position < length:
             return position

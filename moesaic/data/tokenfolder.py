@@ -279,6 +279,8 @@ def _problem(header: dict[str, Any]) -> str | None:
         for source in sources:
             for split in SPLITS:
                 _check_split(source["splits"][split], header["sequence_length"])
+    except FolderError as error:
+        return str(error).rstrip(".")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f"a value is missing or of the wrong kind ({type(error).__name__}: {error})"
     return None
