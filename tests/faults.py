@@ -14,7 +14,7 @@ from typing import Any
 
 from moesaic.errors import MoesaicError
 
-MADE_BY = ("mkdir", "rename", "replace", "fsync", "sendfile")
+MADE_BY = ("mkdir", "rename", "replace", "fsync", "sendfile", "pwrite")
 """Functions of `os` that change the disk, besides writing to a file."""
 
 

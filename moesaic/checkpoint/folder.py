@@ -410,7 +410,9 @@ class WeightWriter:
         assert name in self._missing, f"{name} is written twice"
         assert tensor.dtype == info.dtype, f"{name}: {tensor.dtype=}, {info.dtype=}"
         assert tuple(tensor.shape) == info.shape, f"{name}: {tensor.shape=}, {info.shape=}"
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        whole = tensor.detach().to("cpu").contiguous()
+        # Not reshape: a tensor of one element is contiguous whatever its stride is.
+        flat = whole.as_strided((whole.numel(),), (1,))
         file, offset = self._places[name]
         if info.num_bytes:
             _write_at(file, offset, flat.view(torch.uint8).numpy().data)
