@@ -9,6 +9,7 @@ checked; a template that rewrites earlier turns (to drop their reasoning, say) i
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,11 +62,11 @@ class ChatRenderer:
         tools = row.get("tools") or None
         if tools is not None and not isinstance(tools, list):
             raise DataError(f"{where}: tools is {type(tools).__name__}, not a list.")
-        template = self._tokenizer.get_chat_template(tools=tools)
-        if _MARK.search(template):
-            text, learned = self._marked(messages, tools, template, where)
+        render = self._render(tools, where)
+        if _MARK.search(self._tokenizer.get_chat_template(tools=tools)):
+            text, learned = render(messages, return_assistant_tokens_mask=True)
         else:
-            text, learned = self._by_prefixes(messages, tools, where)
+            text, learned = _by_prefixes(render, messages, where)
         if not any(first < end for first, end in learned):
             raise DataError(f"{where}: the chat template shows nothing of the assistant's turns.")
         try:
@@ -74,54 +75,46 @@ class ChatRenderer:
             raise DataError(f"{where} holds half a surrogate pair.") from error
         return text, learned
 
-    def _by_prefixes(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
-    ) -> tuple[str, Spans]:
-        whole = self._render(messages, tools, where, ask=False)
-        learned = []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:turn], tools, where, ask=True) if turn else ""
-            after = self._render(messages[: turn + 1], tools, where, ask=False)
-            if not (after.startswith(before) and whole.startswith(after)):
-                raise DataError(
-                    f"{where}: the chat template is not prefix-stable at message {turn}, so the "
-                    f"assistant's turns cannot be found. Mark them with {{% generation %}} in it."
-                )
-            learned.append((len(before), len(after)))
-        return whole, tuple(learned)
-
-    def _render(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str, *, ask: bool
-    ) -> str:
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=ask
-                )
-            )
-        except Exception as error:  # a template may raise anything, its own messages included
-            raise _refused(where, error) from error
-
-    def _marked(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, template: str, where: str
-    ) -> tuple[str, Spans]:
+    def _render(self, tools: list[Any] | None, where: str) -> Callable[..., tuple[str, Spans]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        try:
-            special: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
-            rendered: Any = render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                **special,
+        def render(messages: list[dict[str, Any]], **options: bool) -> tuple[str, Spans]:
+            given: dict[str, Any] = {**self._tokenizer.special_tokens_map, **options}
+            try:
+                rendered: Any = render_jinja_template(
+                    [messages],
+                    tools=tools,
+                    chat_template=self._tokenizer.get_chat_template(tools=tools),
+                    **given,
+                )
+            except Exception as error:  # a template may raise anything, its own messages included
+                reason = " ".join(str(error).split())[:200]
+                raise DataError(
+                    f"{where}: the chat template does not take this conversation: {reason}"
+                ) from error
+            (text,), marked = rendered
+            return text, tuple((first, end) for spans in marked for first, end in spans)
+
+        return render
+
+
+def _by_prefixes(
+    render: Callable[..., tuple[str, Spans]], messages: list[dict[str, Any]], where: str
+) -> tuple[str, Spans]:
+    whole, _ = render(messages)
+    learned = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, _ = render(messages[:turn], add_generation_prompt=True)
+        after, _ = render(messages[: turn + 1])
+        if not (after.startswith(before) and whole.startswith(after)):
+            raise DataError(
+                f"{where}: the chat template is not prefix-stable at message {turn}, so the "
+                f"assistant's turns cannot be found. Mark them with {{% generation %}} in it."
             )
-        except Exception as error:  # as above
-            raise _refused(where, error) from error
-        (text,), (spans,) = rendered
-        return text, tuple((first, end) for first, end in spans)
+        learned.append((len(before), len(after)))
+    return whole, tuple(learned)
 
 
 def inside(offsets_N2: NDArray[np.int64], spans: Spans) -> NDArray[np.bool_]:
@@ -150,8 +143,3 @@ def _messages(row: dict[str, Any], field: str, where: str) -> list[dict[str, Any
     return [
         {key: value for key, value in message.items() if value is not None} for message in messages
     ]
-
-
-def _refused(where: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:200]
-    return DataError(f"{where}: the chat template does not take this conversation: {reason}")
