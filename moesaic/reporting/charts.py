@@ -100,7 +100,7 @@ def depth_colours(num_layers: int) -> tuple[list[str], list[str]]:
     viridis = mpl.colormaps["viridis"]
     places = np.linspace(0, 1, num_layers) if num_layers > 1 else np.array([0.4])
     return (
-        [mpl.colors.to_hex(viridis(0.84 * place)) for place in places],
+        [mpl.colors.to_hex(viridis(0.74 * place)) for place in places],
         [mpl.colors.to_hex(viridis(0.32 + 0.66 * place)) for place in places],
     )
 

@@ -1,0 +1,367 @@
+"""The page of a run: what it says, what it may miss, and how a browser shows it."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moesaic.errors import FolderError
+from moesaic.reporting import charts, words
+from moesaic.reporting.config import ReportConfig
+from moesaic.reporting.report import report
+from moesaic.reporting.runfolder import read_run
+from tests.fake_run import write_run
+
+SMALL: dict[str, Any] = {"steps": 30, "layers": 3, "experts": 4}
+
+
+def page_of(run: Path) -> str:
+    return Path(report(ReportConfig(run=run))["report"]).read_text(encoding="utf-8")
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Page(html.parser.HTMLParser):
+    """Ids, links, addresses and headings of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            elif name in ("src", "href", "xlink:href", "data", "action", "srcset"):
+                self.addresses.append(value or "")
+
+
+def test_the_page_says_what_happened_in_words_with_numbers(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "first", **SMALL)
+    losses = [line["loss"] for line in lines_of(run / "metrics.jsonl")]
+    first, last = np.mean(losses[:3]), np.mean(losses[-3:])
+    result = report(ReportConfig(run=run))
+    text = Path(result["report"]).read_text()
+    assert f"The training loss fell from {first:.3f} to {last:.3f} nats a token" in text
+    assert all(sentence.replace("'", "&#39;") in text for sentence in result["summary"])
+    assert "for 30 steps, 61,440 tokens, and finished" in result["summary"][0]
+    drops = lines_of(run / "routing" / "routing.jsonl")[-1]
+    assert np.argmax(drops["drop_rate"]) == 0
+    assert "highest in layer 0" in " ".join(result["summary"])
+
+
+def test_the_page_asks_nothing_of_the_network(tmp_path: Path) -> None:
+    text = page_of(write_run(tmp_path / "run", **SMALL))
+    page = Page(text)
+    assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert not {"script", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert "default-src 'none'" in text
+    assert "@import" not in text
+    outside = re.findall(r"url\((?!#)", text)
+    assert outside == []
+
+
+def test_every_id_is_there_once_and_every_link_has_a_target(tmp_path: Path) -> None:
+    page = Page(page_of(write_run(tmp_path / "run", **SMALL)))
+    assert len(page.ids) == len(set(page.ids))
+    inside = {address[1:] for address in page.addresses if address.startswith("#")}
+    assert inside <= set(page.ids)
+    assert {"loss-section", "drops-section", "load-section", "heldout-section"} <= inside
+
+
+def test_every_figure_has_a_title_and_a_description(tmp_path: Path) -> None:
+    text = page_of(write_run(tmp_path / "run", **SMALL))
+    figures = re.findall(r"<svg .*?</svg>", text, flags=re.DOTALL)
+    assert len(figures) == 7
+    for figure in figures:
+        assert re.match(
+            r'<svg role="img" aria-labelledby="[^"]+".*?><title id=[^>]+>[^<]+</title>'
+            r"<desc id=[^>]+>[^<]+</desc>",
+            figure,
+        )
+        # Stand-in colours would show as black on a dark page.
+        assert not re.search(r"#(0101|04)[0-9a-f]{2,4}\b", figure)
+    assert "<title>layer 2</title>" in text
+
+
+def test_text_of_models_cannot_become_part_of_the_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a<i>b", **SMALL)
+    samples = [
+        {"prompt": "<script>alert(1)</script>", "model": "<b>x", "text": "</div><img src=x>"}
+    ]
+    (run / "samples.json").write_text(json.dumps(samples))
+    page = Page(page_of(run))
+    assert not {"script", "b", "img", "i"} & set(page.tags)
+
+
+def test_a_dense_run_has_no_section_on_experts(tmp_path: Path) -> None:
+    text = page_of(write_run(tmp_path / "run", steps=30, layers=0))
+    assert "a dense model" in text
+    assert len(re.findall("<svg ", text)) == 2
+    for word in ("drops-section", "load-section", "similarity", "routing.jsonl"):
+        assert word not in text
+
+
+def test_a_run_of_one_step_is_shown(tmp_path: Path) -> None:
+    result = report(ReportConfig(run=write_run(tmp_path / "run", steps=1, layers=2, experts=2)))
+    assert result["summary"][1].startswith("Its training loss was ")
+    assert "went from" not in result["summary"][2]
+
+
+def test_a_run_that_is_going_on_is_shown_up_to_its_last_whole_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", planned=100, **SMALL)
+    for name in ("metrics.jsonl", "routing/routing.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"step": 31, "loss": 1.')
+    result = report(ReportConfig(run=run))
+    assert "100 steps were planned, so it is still going or was stopped" in result["summary"][0]
+    assert "The last line of metrics.jsonl was half written; left out." in result["notes"]
+    assert "30 of 100" in Path(result["report"]).read_text()
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", extras=False, **SMALL)
+    (run / "config.toml").unlink()
+    shutil.rmtree(run / "routing")
+    result = report(ReportConfig(run=run))
+    notes = " ".join(result["notes"])
+    for name in ("config.toml", "hardware.json", "evaluation.json", "samples.json"):
+        assert f"no {name}" in notes
+    text = Path(result["report"]).read_text()
+    assert all(note in text for note in result["notes"])
+
+
+def test_a_missing_similarity_file_is_said_of_a_mixture_of_experts_only(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", **SMALL)
+    (run / "routing" / "similarity.jsonl").unlink()
+    assert "no routing/similarity.jsonl" in " ".join(report(ReportConfig(run=run))["notes"])
+    dense = write_run(tmp_path / "dense", steps=3, layers=0)
+    assert report(ReportConfig(run=dense))["notes"] == []
+
+
+def test_the_page_goes_where_it_is_asked_to(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", **SMALL)
+    out = tmp_path / "page.html"
+    assert report(ReportConfig(run=run, out=out))["report"] == str(out)
+    assert out.read_text().startswith("<!doctype html>")
+    assert not (run / "report.html").exists()
+
+
+def test_the_same_run_makes_the_same_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", **SMALL)
+    assert page_of(run) == page_of(run)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda run: shutil.rmtree(run), "There is no run folder"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "holds no finished training step"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "holds no finished training step"),
+        (
+            lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\nx\n{"step": 2}\n'),
+            r"Line 2 of .*metrics.jsonl is damaged",
+        ),
+        (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n"), "Line 1 of .* is damaged"),
+        (
+            lambda run: (run / "routing" / "routing.jsonl").write_text('{"step": 1}\n'),
+            "routing.jsonl is damaged",
+        ),
+        (
+            lambda run: (run / "routing" / "routing.jsonl").write_text(
+                '{"step": 1, "layers": [0, 1], "load": [[1.0]], "drop_rate": [0.1]}\n'
+            ),
+            "routing.jsonl is damaged",
+        ),
+        (
+            lambda run: (run / "routing" / "similarity.jsonl").write_text(
+                '{"step": 1, "layers": [0], "similarity": [1, 2]}\n'
+            ),
+            "similarity.jsonl is damaged",
+        ),
+        (lambda run: (run / "config.toml").write_text("steps = = 3"), "config.toml is damaged"),
+        (lambda run: (run / "samples.json").write_text("[1]"), "samples.json is not a list"),
+        (lambda run: (run / "evaluation.json").write_text("[]"), "evaluation.json holds a list"),
+        (lambda run: (run / "evaluation.json").write_text("{"), "evaluation.json is damaged"),
+    ],
+)
+def test_a_damaged_run_is_one_line_and_leaves_the_old_page(
+    break_it: Any, message: str, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run", **SMALL)
+    out = tmp_path / "page.html"
+    out.write_text("old")
+    break_it(run)
+    with pytest.raises(FolderError, match=message) as error:
+        report(ReportConfig(run=run, out=out))
+    assert "\n" not in str(error.value)
+    assert out.read_text() == "old"
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", **SMALL)
+    with pytest.raises(FolderError, match="was not written"):
+        report(ReportConfig(run=run, out=tmp_path / "nowhere" / "page.html"))
+
+
+def test_long_runs_are_gathered_into_means_of_equal_intervals(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=1000, layers=2, experts=2)
+    lines = lines_of(run / "routing" / "routing.jsonl")
+    routing = read_run(run).routing
+    assert routing is not None
+    assert routing.width == 3
+    assert len(routing.steps_P) == 334
+    expected = np.mean([line["drop_rate"] for line in lines[3:6]], axis=0)
+    assert routing.numbers["drop_rate"][1] == pytest.approx(expected)
+    assert routing.steps_P[1] == 5
+    assert routing.load_PLE.sum(axis=2) == pytest.approx(np.ones((334, 2)))
+
+
+def test_a_step_written_twice_counts_as_written_last(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", **SMALL)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 29, "loss": 9.0}\n')
+    metrics = read_run(run).metrics
+    assert metrics["step"].tolist() == list(range(1, 31))
+    assert metrics["loss"][28] == 9
+
+
+def test_numbers_that_were_not_measured_leave_gaps(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=20, layers=2, experts=2)
+    routing = read_run(run).routing
+    assert routing is not None
+    assert np.isnan(routing.numbers["max2_over_max3"]).all()
+    assert "Max2 / Max3" not in page_of(run)
+
+
+def test_the_running_mean_is_that_of_a_plain_loop() -> None:
+    values = np.array([1.0, 2.0, np.nan, 4.0, 8.0])
+    expected = [np.nanmean(values[max(0, i - 1) : i + 2]) for i in range(len(values))]
+    assert charts.running_mean(values, 3) == pytest.approx(np.array(expected))
+
+
+def test_thinning_keeps_the_mean_and_bounds_the_number_of_points() -> None:
+    values = np.arange(10_000.0)
+    thin = charts.thinned(values)
+    assert len(thin) == 1000
+    assert thin[0] == pytest.approx(4.5)
+    assert thin.mean() == pytest.approx(values.mean())
+    assert charts.thinned(values[:999]) is not None
+    assert len(charts.thinned(values[:999])) == 999
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (words.count(692_000_000), "692 M"),
+        (words.count(999), "999"),
+        (words.count(146.36e9), "146.4 B"),
+        (words.byte_count(269 * 2**20), "269.00 MiB"),
+        (words.percent(0.0082), "0.82 %"),
+        (words.percent(0.25), "25 %"),
+        (words.duration(59.4), "59.4 s"),
+        (words.duration(3 * 60), "3 min"),
+        (words.duration(3 * 3600 + 120), "3 h 2 min"),
+        (" ".join(words.cosines(1.0, 0.5)), "1.000 0.500"),
+        (" ".join(words.cosines(0.99995, 0.98)), "0.999950 0.980000"),
+    ],
+)
+def test_numbers_are_written_for_people(found: str, expected: str) -> None:
+    assert found == expected
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    driver = shutil.which("chromedriver")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if driver is None or chromium is None:
+        pytest.skip(
+            "chromium and chromedriver are not installed (Debian: chromium chromium-driver)"
+        )
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(driver)
+    browser = webdriver.Chrome(options=options, service=service)
+    yield browser
+    browser.quit()
+
+
+def requests_of(browser: Any) -> list[str]:
+    """Addresses that the browser asked for since the last look."""
+    messages = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
+    return [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 420])
+def test_a_browser_shows_every_figure_and_asks_for_nothing_else(
+    browser: Any, scheme: str, width: int, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run", steps=60, layers=12, experts=8)
+    result = report(ReportConfig(run=run))
+    page = Path(result["report"]).as_uri()
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
+    )
+    browser.set_window_size(width, 900)
+    browser.get("about:blank")
+    requests_of(browser)
+    browser.get(page)
+    outside = [url for url in requests_of(browser) if not url.startswith("data:")]
+    assert outside == [page]
+    assert browser.get_log("browser") == []
+    body = browser.find_element("tag name", "body").text
+    assert all(sentence in body for sentence in result["summary"])
+    figures = browser.find_elements("css selector", "figure svg")
+    assert len(figures) == 7
+    for figure in figures:
+        assert figure.is_displayed()
+        assert figure.size["height"] > 100
+    # Nothing sticks out sideways, on a telephone either; wide things scroll in their own box.
+    assert browser.execute_script(
+        "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+    )
+    colours = browser.execute_script(
+        "const parts = c => c.match(/[\\d.]+/g).slice(0, 3).map(Number);"
+        "const style = name => getComputedStyle(document.querySelector(name));"
+        "return [style('figure').backgroundColor, style('svg text').fill,"
+        " style('#drops-tip-0-0 path').stroke, style('#drops-tip-0-11 path').stroke].map(parts)"
+    )
+    card, text, *lines = (luminance(colour) for colour in colours)
+    assert ratio(text, card) >= 4.5
+    assert min(ratio(line, card) for line in lines) >= 2
+
+
+def luminance(colour: list[float]) -> float:
+    """Relative luminance of an sRGB colour (WCAG 2.2)."""
+    parts = [value / 255 for value in colour]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def ratio(one: float, other: float) -> float:
+    return (max(one, other) + 0.05) / (min(one, other) + 0.05)
