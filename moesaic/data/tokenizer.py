@@ -40,7 +40,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     folder = Path(folder)
     if not folder.is_dir():
         raise FolderError(f"The tokenizer folder {folder} does not exist.")
-    if not any(folder.glob(pattern) for pattern in ("tokenizer*.json", "tokenizer.model")):
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise FolderError(f"{folder} holds no tokenizer: it has no tokenizer.json.")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
