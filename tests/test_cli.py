@@ -12,7 +12,7 @@ import pytest
 
 import moesaic
 from moesaic.cli.app import VERBS, run
-from moesaic.cli.verb import format_value, lines
+from moesaic.cli.show import format_value, lines
 from moesaic.config import build, load_toml, merge
 from moesaic.errors import FolderError, MoesaicError, TrainingError
 from moesaic.training.config import TrainConfig

@@ -24,12 +24,13 @@ import math
 import sys
 import tomllib
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, TypeVar, get_args, get_origin
 
 from cyclopts import Group, Parameter
 
+from moesaic.cli.show import Show, lines
 from moesaic.config import NONE, Leaf, build, describe, leaves, load_toml, merge, to_toml
 from moesaic.errors import ConfigError
 
@@ -49,7 +50,7 @@ def verb(
     *,
     positional: tuple[str, ...] = (),
     recipe: bool = False,
-    show: Callable[[Summary], Iterable[str]] | None = None,
+    show: Show = lines,
     streams: bool = False,
 ) -> Callable[[Callable[..., Summary]], Callable[..., None]]:
     """Turn a function of one Config into a command.
@@ -58,7 +59,7 @@ def verb(
         cls: The job's Config. Each of its values becomes a flag.
         positional: Values given by position instead; a tuple among them takes all that is left.
         recipe: Take a TOML file first, and `--dry-run`.
-        show: The lines to print for a summary; without it, every value of it.
+        show: Turns a summary into lines for people.
         streams: The function also takes `on_text`, which prints text as it comes; it is None
             where the result is to be JSON.
     """
@@ -82,7 +83,7 @@ def verb(
             # Only results may reach stdout, whatever a library prints.
             with contextlib.redirect_stdout(sys.stderr):
                 summary = job(config, **also)
-            print_summary(summary, as_json=as_json, show=show or lines)
+            print_summary(summary, as_json=as_json, show=show)
 
         parameters = [_parameter(name, leaf, positional, recipe) for name, leaf in flags.items()]
         parameters.sort(key=lambda parameter: (_order(parameter.name, positional), parameter.kind))
@@ -142,40 +143,13 @@ def _section_value(flag: str, section: type, text: str) -> dict[str, Any]:
     return values
 
 
-def print_summary(
-    summary: Summary, *, as_json: bool, show: Callable[[Summary], Iterable[str]]
-) -> None:
+def print_summary(summary: Summary, *, as_json: bool, show: Show) -> None:
     """Print what a job did on stdout: JSON for programs, lines for people."""
     if as_json:
         print(json.dumps(_json_ready(summary), indent=2, ensure_ascii=False, allow_nan=False))
     else:
         for line in show(summary):
             print(line)
-
-
-def lines(summary: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Every value of a summary as `name: value`; nested names are joined by a dot."""
-    for key, value in summary.items():
-        if isinstance(value, Mapping):
-            yield from lines(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            for index, item in enumerate(value):
-                yield from lines(item, f"{prefix}{key}.{index}.")
-        else:
-            yield f"{prefix}{key}: {format_value(value)}"
-
-
-def format_value(value: Any) -> str:
-    """A number with its thousands apart or four digits, a list by its items, text as it is."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: NONE}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    if isinstance(value, list | tuple):
-        return " ".join(format_value(item) for item in value)
-    return str(value)
 
 
 def _json_ready(value: Any) -> Any:
