@@ -785,11 +785,10 @@ def _refuse_unportable(spec: ModelSpec) -> None:
                 f"transformers 4.57 refuses a qwen2_moe whose heads are {spec.q_dim} wide together "
                 f"and hidden_size {spec.hidden_dim}. Write it as family 'skywork'."
             )
-        if len(spec.sliding_layers) not in (0, spec.num_layers):
+        if spec.sliding_window is not None:
             raise SpecError(
-                f"A qwen2_moe that slides {len(spec.sliding_layers)} of {spec.num_layers} layers "
-                "means different things to transformers 4.57 and 5.x. Slide all layers or none, "
-                "or write it as family 'skywork'."
+                "transformers 4.57 decodes a qwen2_moe with a sliding window wrongly from its "
+                f"cache (sliding_window is {spec.sliding_window}). Write it as family 'skywork'."
             )
 
 

@@ -19,7 +19,7 @@ from moesaic.checkpoint.folder import WeightReader, read_spec, write_config
 from moesaic.model.build import load_model, save_model
 from moesaic.model.cache import KVCache
 from moesaic.model.transformer import Transformer
-from moesaic.spec import ModelSpec, MoESpec, RopeSpec
+from moesaic.spec import ModelSpec, MoESpec, RopeSpec, spec_to_hf
 from tests.tiny import (
     EVERY_LAYER,
     LLAMA,
@@ -94,7 +94,6 @@ SPECS: dict[str, ModelSpec] = {
         moe_layers=(1, 2),
         moe=MoESpec(num_experts=4, top_k=2, expert_dim=24, shared_expert_dim=16, renormalize=False),
     ),
-    "qwen2_moe, window": SHARED.replace(sliding_window=6, sliding_layers=EVERY_LAYER),
     "qwen3_moe": TINY["qwen3_moe"],
     "qwen3_moe, every 2nd layer, tied, window": TINY["qwen3_moe"].replace(
         num_layers=4,
@@ -115,10 +114,9 @@ SPECS: dict[str, ModelSpec] = {
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 
 
-def set_model_type(folder: Path, model_type: str) -> None:
-    """Name the family anew, in place."""
+def set_in_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": model_type}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def stock_family(spec: ModelSpec) -> str:
@@ -149,7 +147,7 @@ def hf_folder(path: Path, spec: ModelSpec) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomize(model, seed=1)
     model.save_pretrained(path)
-    set_model_type(path, spec.family)
+    set_in_config(path, model_type=spec.family)
     return model
 
 
@@ -180,6 +178,20 @@ def test_a_folder_saved_by_transformers_gives_us_the_same_logits(tmp_path, spec)
     theirs = hf_folder(tmp_path / "model", spec)
     assert read_spec(tmp_path / "model") == spec
     assert compare(load_model(tmp_path / "model"), theirs) <= TOLERANCE
+
+
+def test_windows_of_a_qwen2_moe_are_read_as_transformers_5_reads_them(tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    windows = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
+    config = spec_to_hf(SHARED) | windows | {"layer_types": None}
+    theirs = transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**config)).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    # Between them, these say what the config's defaults make of max_window_layers.
+    for types in (theirs.config.layer_types, None):
+        set_in_config(tmp_path, layer_types=types)
+        assert read_spec(tmp_path).sliding_layers == (0,)
+        assert compare(load_model(tmp_path), theirs) <= TOLERANCE
 
 
 @every_spec

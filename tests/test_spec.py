@@ -413,8 +413,8 @@ def test_what_a_family_cannot_say_is_refused_and_skywork_can_say_it(spec, change
     ("spec", "words"),
     [
         (LLAMA.replace(hidden_dim=30), "multiple"),
-        (TINY["qwen2_moe"].replace(head_dim=16), "4.57"),
-        (TINY["qwen2_moe"].replace(sliding_window=4, sliding_layers=(0,)), "4.57"),
+        (TINY["qwen2_moe"].replace(head_dim=16), "4.57 refuses"),
+        (TINY["qwen2_moe"].replace(sliding_window=4, sliding_layers=(0,)), "4.57 decodes"),
     ],
 )
 def test_what_transformers_would_refuse_or_read_in_two_ways_is_not_written(spec, words):
