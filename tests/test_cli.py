@@ -151,6 +151,19 @@ def test_json_alone_reaches_stdout_whatever_a_job_prints(monkeypatch, capsys):
     assert err == "a library speaks\n"
 
 
+def test_a_run_that_was_asked_to_stop_ends_with_130(monkeypatch, capsys):
+    done = {"run": "r", "model": None, "step": 2, "steps": 9, "loss": 1.5, "seconds": 1.0}
+    done |= {"resumed_from": 1, "stopped_by": "SIGINT", "peak_memory_bytes": 2**20}
+    monkeypatch.setitem(vars(moesaic), "train", lambda config: done)
+    assert run(["train", str(RECIPES / "continue.toml")]) == 130
+    assert capsys.readouterr().out.splitlines() == [
+        "went on from step 1",
+        "step 2 of 9, loss 1.5000, 1.0 s, peak memory 1 MiB",
+        "stopped by SIGINT; the same command goes on from here",
+        "its result: r",
+    ]
+
+
 def test_text_is_printed_as_it_comes_and_not_where_json_is_wanted(monkeypatch, capsys):
     def answer(config, *, on_text):
         for piece in ("Pa", "ris") if on_text else ():

@@ -52,7 +52,7 @@ def run(tokens: Sequence[str]) -> int:
     """Run one command line and return its exit status; see the head of this module."""
     try:
         refuse_second_spellings(tokens)
-        app()(tokens, exit_on_error=False, print_error=False)
+        status = app()(tokens, exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except CycloptsError as error:
         return fail(str(error), 2)
@@ -70,7 +70,7 @@ def run(tokens: Sequence[str]) -> int:
     except Exception:
         traceback.print_exc()
         return fail("this is a fault of Moesaic. Please report it with the lines above.", 1)
-    return 0
+    return status or 0  # --help and --version have none
 
 
 def refuse_second_spellings(tokens: Sequence[str]) -> None:

@@ -25,7 +25,12 @@ def show(done: Mapping[str, Any]) -> Iterator[str]:
     yield f"its result: {done['model'] or done['run']}"
 
 
-@verb(TrainConfig, recipe=True, show=show)
+def status(done: Mapping[str, Any]) -> int:
+    """A run that was asked to stop has not done what was asked at first."""
+    return 0 if done["stopped_by"] is None else 130
+
+
+@verb(TrainConfig, recipe=True, show=show, status=status)
 def train(config: TrainConfig) -> Summary:
     """Train a model, dense or mixture of experts: pre-training, continued training, fine-tuning."""
     summary: Summary = moesaic.train(config)

@@ -52,7 +52,8 @@ def verb(
     recipe: bool = False,
     show: Show = lines,
     streams: bool = False,
-) -> Callable[[Callable[..., Summary]], Callable[..., None]]:
+    status: Callable[[Summary], int] = lambda _: 0,
+) -> Callable[[Callable[..., Summary]], Callable[..., int]]:
     """Turn a function of one Config into a command.
 
     Args:
@@ -62,12 +63,13 @@ def verb(
         show: Turns a summary into lines for people.
         streams: The function also takes `on_text`, which prints text as it comes; it is None
             where the result is to be JSON.
+        status: The exit status that a summary ends with.
     """
 
-    def decorate(job: Callable[..., Summary]) -> Callable[..., None]:
+    def decorate(job: Callable[..., Summary]) -> Callable[..., int]:
         flags = {leaf.name.replace(".", "__"): leaf for leaf in leaves(cls)}
 
-        def command(*args: Any, **given: Any) -> None:
+        def command(*args: Any, **given: Any) -> int:
             bound = command.__signature__.bind(*args, **given).arguments  # type: ignore[attr-defined]
             typed = {name: value for name, value in bound.items() if value is not NOT_GIVEN}
             as_json, dry_run = typed.pop("json", False), typed.pop("dry_run", False)
@@ -78,12 +80,13 @@ def verb(
             config = build(cls, values, where=path or "the command line")
             if dry_run:
                 print(to_toml(config), end="")
-                return
+                return 0
             also = {"on_text": None if as_json else _writer(sys.stdout)} if streams else {}
             # Only results may reach stdout, whatever a library prints.
             with contextlib.redirect_stdout(sys.stderr):
                 summary = job(config, **also)
             print_summary(summary, as_json=as_json, show=show)
+            return status(summary)
 
         parameters = [_parameter(name, leaf, positional, recipe) for name, leaf in flags.items()]
         parameters.sort(key=lambda parameter: (_order(parameter.name, positional), parameter.kind))
