@@ -53,17 +53,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_MD, targets_M = hidden_ND[rows], targets_N[rows]
             counted_M1 = (targets_M != ignore_index)[:, None]
             chosen_M1 = targets_M.clamp_min(0)[:, None]
-            logits_MV = (hidden_MD @ weight.t()).to(dtype)
-            log_sum_M1 = logits_MV.logsumexp(dim=-1, keepdim=True)
-            nats_M1 = log_sum_M1 - logits_MV.gather(1, chosen_M1)
+            # One fused pass from the logits' dtype, which is what makes this affordable on a CPU.
+            log_probs_MV = torch.log_softmax(hidden_MD @ weight.t(), dim=-1, dtype=dtype)
+            nats_M1 = -log_probs_MV.gather(1, chosen_M1)
             total += nats_M1.masked_fill(~counted_M1, 0).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             # d loss / d logits = softmax - one-hot, and nothing where no target counts.
-            logits_MV.sub_(log_sum_M1).exp_()
-            logits_MV.scatter_add_(1, chosen_M1, -torch.ones_like(nats_M1))
-            logits_MV.masked_fill_(~counted_M1, 0)
-            grad_logits_MV = logits_MV.to(hidden_ND.dtype)
+            grad_MV = log_probs_MV.exp_()
+            grad_MV.scatter_add_(1, chosen_M1, -torch.ones_like(nats_M1))
+            grad_MV.masked_fill_(~counted_M1, 0)
+            grad_logits_MV = grad_MV.to(hidden_ND.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits_MV @ weight
             if grad_weight is not None:
