@@ -110,8 +110,9 @@ def write_lines(path: Path, items: list[dict[str, object]]) -> None:
 
 
 def _write_extras(run: Path) -> None:
-    hardware = {"processor": "x86_64", "threads": 2, "torch": "2.13.0", "peak_flops": {"cpu": 5e11}}
-    (run / "hardware.json").write_text(json.dumps(hardware))
+    machine = {"processor": "a fast one", "threads": 2, "python": "3.11.7", "torch": "2.13.0"}
+    (run / "machine.json").write_text(json.dumps(machine))
+    (run / "hardware.json").write_text(json.dumps({"peak_flops": {"a fast one": 5e11}}))
     question = "Write a Python function that reverses a list."
     texts = {
         "dense": "Use `reversed`:\n\ndef reverse(items):\n    return list(reversed(items))",

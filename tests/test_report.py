@@ -18,7 +18,10 @@ from moesaic.reporting import charts, words
 from moesaic.reporting.config import ReportConfig
 from moesaic.reporting.report import report
 from moesaic.reporting.runfolder import read_run
+from moesaic.training.train import train
 from tests.fake_run import write_run
+from tests.tiny import TINY, tiny_folder
+from tests.tiny_run import tiny_config, tiny_tokens
 
 SMALL: dict[str, Any] = {"steps": 30, "layers": 3, "experts": 4}
 
@@ -139,7 +142,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     shutil.rmtree(run / "routing")
     result = report(ReportConfig(run=run))
     notes = " ".join(result["notes"])
-    for name in ("config.toml", "hardware.json", "evaluation.json", "samples.json"):
+    for name in ("config.toml", "machine.json", "evaluation.json", "samples.json"):
         assert f"no {name}" in notes
     text = Path(result["report"]).read_text()
     assert all(note in text for note in result["notes"])
@@ -210,6 +213,23 @@ def test_a_damaged_run_is_one_line_and_leaves_the_old_page(
         report(ReportConfig(run=run, out=out))
     assert "\n" not in str(error.value)
     assert out.read_text() == "old"
+
+
+def test_a_real_run_is_shown_from_the_files_that_training_wrote(tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path / "model", TINY["skywork moe"], tokenizer=False)
+    tokens = tiny_tokens(tmp_path / "tokens")
+    train(tiny_config(model, tokens, tmp_path / "run"))
+    result = report(ReportConfig(run=tmp_path / "run"))
+    assert "4 experts, top-2" in result["summary"][0]
+    assert result["summary"][0].endswith("and finished.")
+    assert [note.split(",")[0] for note in result["notes"]] == [
+        "The run folder has no evaluation.json",
+        "The run folder has no samples.json",
+    ]
+    text = Path(result["report"]).read_text()
+    assert "torch" in text
+    for name in ("loss", "speed", "drops", "load", "gates", "similarity", "layers", "config"):
+        assert f'id="{name}-section"' in text
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def render_page(run: Run, summary: list[str]) -> str:
         heldout=_heldout_table(run),
         prompts=_prompts(run),
         config_text=run.config_text,
-        machine=_flat(run.machine or {}),
+        machine=_flat(run.machine),
         notes=run.notes,
         made_with=f"Moesaic {__version__}, Python {platform.python_version()}",
         light=light,

@@ -90,7 +90,7 @@ class Run:
     similarity: Similarity | None
     samples: tuple[Sample, ...]
     evaluation: dict[str, Any] | None
-    machine: dict[str, Any] | None
+    machine: dict[str, Any]
     spec: ModelSpec | None
     notes: tuple[str, ...]
     """What is missing or was left out, a sentence each."""
@@ -130,7 +130,8 @@ def read_run(path: Path) -> Run:
     config_text = _text(path / "config.toml")
     samples = _read_samples(path / "samples.json")
     evaluation = _read_object(path / "evaluation.json")
-    machine = _read_object(path / "hardware.json")
+    machine = _read_object(path / "machine.json")
+    hardware = _read_object(path / "hardware.json")
     routing = _read_routing(path / "routing" / "routing.jsonl", notes)
     similarity = _read_similarity(path / "routing" / "similarity.jsonl", notes)
     config = _parsed(config_text, path / "config.toml")
@@ -138,7 +139,7 @@ def read_run(path: Path) -> Run:
     is_moe = routing is not None or (spec is not None and spec.moe is not None)
     absent = {
         "config.toml, so the configuration is not shown": config_text is None,
-        "hardware.json, so the machine and its versions are not shown": machine is None,
+        "machine.json, so the machine and its versions are not shown": machine is None,
         "evaluation.json, so there is no held-out loss": evaluation is None,
         "samples.json, so there are no texts to compare": not samples,
         "routing/routing.jsonl, so nothing is known of the routing": is_moe and routing is None,
@@ -155,7 +156,7 @@ def read_run(path: Path) -> Run:
         similarity=similarity,
         samples=samples,
         evaluation=evaluation,
-        machine=machine,
+        machine={**(machine or {}), **(hardware or {})},
         spec=spec,
         notes=tuple(notes),
     )

@@ -32,6 +32,7 @@ from moesaic.moe.layer import MoELayer
 from moesaic.moe.statistics import RoutingStatistics
 from moesaic.training.config import MetricsConfig
 from moesaic.training.run_folder import JsonLines, RunFolder
+from moesaic.version import __version__
 
 
 class Metrics:
@@ -202,6 +203,29 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write_machine(run: RunFolder, device: torch.device) -> None:
+    """Record what the run computes on, for whoever reads its report."""
+    machine = {
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "moesaic": __version__,
+    }
+    write_text_atomic(run.machine, json.dumps(machine, indent=1) + "\n")
+
+
+def _processor() -> str:
+    try:
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        names = [line.split(":", 1)[1] for line in facts.splitlines() if "model name" in line]
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.machine()
 
 
 def peak_flops(run: RunFolder, device: torch.device, dtype: torch.dtype) -> float:

@@ -33,6 +33,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.toml"
         self.hardware = path / "hardware.json"
+        self.machine = path / "machine.json"
         self.summary = path / "summary.json"
         self.metrics = path / "metrics.jsonl"
         self.routing = path / "routing" / "routing.jsonl"

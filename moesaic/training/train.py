@@ -41,7 +41,13 @@ from moesaic.moe.statistics import RoutingStatistics
 from moesaic.spec import ModelSpec
 from moesaic.training.config import TrainConfig
 from moesaic.training.identity import changes, check_identity, identity
-from moesaic.training.metrics import Metrics, mean, peak_flops, peak_memory_bytes
+from moesaic.training.metrics import (
+    Metrics,
+    mean,
+    peak_flops,
+    peak_memory_bytes,
+    write_machine,
+)
 from moesaic.training.optimizer import (
     build_optimizer,
     freeze,
@@ -86,6 +92,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if finished is not None:
                 return finished
         write_text_atomic(run.config, toml)
+        write_machine(run, _device(config))
         job = _Job.set_up(config, spec, state)
         _run(job, run, folder=folder, facts={"identity": ours}, toml=toml, stop=stop)
         return _finish(job, run, state=state, stop=stop)
@@ -329,7 +336,9 @@ def _check_fit(config: TrainConfig, spec: ModelSpec, folder: TokenFolder) -> Non
     """Refuse what the config, the model and the data cannot be together."""
     for source in (config.model, config.data.tokens):
         if source.resolve().is_relative_to(config.run.resolve()):
-            raise ConfigError(f"The run folder {config.run} holds its own input {source}. Move one.")
+            raise ConfigError(
+                f"The run folder {config.run} holds its own input {source}. Move one."
+            )
     if folder.vocab_size > spec.vocab_size:
         raise ConfigError(
             f"{folder.path} holds tokens up to {folder.vocab_size - 1}, but {config.model} has "
