@@ -14,9 +14,8 @@ from moesaic.studies.config import DemoConfig
 def story(summary: Mapping[str, Any]) -> Iterator[str]:
     """What happened, in a few tables; the path of the page is the last line."""
     total = {"name": "total", "was_there": False, **summary}
-    yield from table(
-        ["stage", "seconds", "peak memory", ""], map(_cost, [*summary["stages"], total])
-    )
+    costs = [_cost(stage) for stage in (*summary["stages"], total)]
+    yield from table(["stage", "seconds", "peak memory", ""], costs)
     yield ""
     yield _text(summary["data"])
     difference = summary["largest_logit_difference"]

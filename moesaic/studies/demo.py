@@ -22,6 +22,7 @@ The text is that of the Python that runs this: always there, and under the PSF l
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import sysconfig
 from collections.abc import Mapping
@@ -62,6 +63,9 @@ from moesaic.upcycling.config import UpcycleConfig
 from moesaic.upcycling.upcycle import upcycle
 
 LABELS = ("dense", "upcycled", "trained", "dense, trained on the same tokens", "trained, FP8")
+
+LICENCE = "PSF-2.0"
+"""Of the Python standard library."""
 
 SMOLLM2_TOKENS = 2e12
 """Tokens that SmolLM2-135M was trained on, as its makers say (arXiv 2502.02737)."""
@@ -107,11 +111,14 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     """Run the whole path, or what is missing of it.
 
     Returns:
-        `report` (path of the page), `stages` (for each its seconds, peak memory in bytes and
-        whether it was there already), `seconds` and `peak_memory_bytes` of all of them, `data`
-        (what the text is, and how much of it), `proof`, `heldout` (loss of every
-        model), `gain` (nats a token that the trained MoE is below the dense model), `fp8_cost`
-        (that FP8 is above it), and `answers`.
+        `report` (path of the page); `stages` (for each its seconds, peak memory in bytes and
+        whether it was there already); `seconds` and `peak_memory_bytes` of all; `data` (what the
+        text is, its licence, and how much was read and held out);
+        `largest_logit_difference` of the upcycled model to the dense one; `verdict` (whether to
+        upcycle at all); `heldout` (a row a model, as `evaluate` gives) and `heldout_tokens`;
+        `gain` (nats a token that the trained MoE is below the dense model),
+        `gain_of_control` (that the dense model trained alike is), `fp8_cost` (that FP8 is above
+        the trained MoE); `bytes` and `fp8_bytes` of their weights; and `answers`.
 
     Raises:
         ConfigError: A package is missing, or the numbers do not fit.
@@ -190,7 +197,7 @@ class _Path:
             path=Path(sysconfig.get_path("stdlib")),
             kind="code",
             glob=self.scale.glob,
-            licence="PSF-2.0",
+            licence=LICENCE,
             undecodable="skip",
         )
         job = PrepareConfig(
@@ -316,6 +323,7 @@ def _summary(config: DemoConfig, stages: list[Stage], done: Mapping[str, Done]) 
     heldout = done["heldout"].result
     models = {row["label"]: row for row in heldout["models"]}
     dense, _, trained, control, fp8 = (models[label]["loss"] for label in LABELS)
+    scale = QUICK if config.quick else FULL
     peaks = [item.peak_memory_bytes for item in done.values()]
     return {
         "stages": [
@@ -329,14 +337,23 @@ def _summary(config: DemoConfig, stages: list[Stage], done: Mapping[str, Done]) 
         ],
         "seconds": sum(item.seconds for item in done.values()),
         "peak_memory_bytes": None if None in peaks else max(peak for peak in peaks if peak),
-        "data": done["tokens"].result,
-        "proof": done["upcycled"].result["proof"],
+        "data": {
+            "what": f"source of Python {platform.python_version()}'s standard library",
+            "licence": LICENCE,
+            "seen_tokens": config.steps * scale.micro_batch * scale.sequence_length,
+            **{split: done["tokens"].result[split] for split in ("train", "heldout")},
+        },
+        "largest_logit_difference": done["upcycled"].result["proof"]["logits"][
+            "largest_difference"
+        ],
+        "verdict": done["upcycled"].result["verdict"],
         "heldout": heldout["models"],
         "heldout_tokens": heldout["tokens"],
         "gain": dense - trained,
         "gain_of_control": dense - control,
         "fp8_cost": fp8 - trained,
-        "fp8_weights": done["fp8"].result,
+        "bytes": done["fp8"].result["bytes_before"],
+        "fp8_bytes": done["fp8"].result["bytes_after"],
         "answers": done["answers"].result["answers"],
         "report": str(config.out / "report.html"),
     }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import torch
 
-from moesaic.files import NewFolder
 from moesaic.model.build import build_model, init_weights, save_model
 from moesaic.spec import ModelSpec
 
@@ -37,9 +37,9 @@ def tiny_folder(out: Path) -> Path:
     """
     model = build_model(SPEC, dtype=torch.float32)
     init_weights(model, seed=0)
-    with NewFolder(out.with_name(f"{out.name}-tokenizer"), overwrite=True) as new:
-        _write_tokenizer(new.path)
-        return save_model(model, out, like=new.path)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_tokenizer(Path(folder))
+        return save_model(model, out, like=folder, dtype=torch.bfloat16)
 
 
 def _write_tokenizer(folder: Path) -> None:
