@@ -216,12 +216,20 @@ def test_freezing_nothing_or_everything_is_refused(patterns, message):
 # Runs
 
 
-@pytest.mark.parametrize("model", ["dense", "moe", "skywork", "balanced"])
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-def test_loss_falls_on_a_tiny_corpus(start, tmp_path, model, compute_dtype):
-    start(model, steps=40, compute_dtype=compute_dtype, checkpoint=CheckpointConfig(every=0))
+@pytest.mark.parametrize(
+    ("model", "compute_dtype"),
+    [("dense", "float32"), ("moe", "bfloat16"), ("skywork", "bfloat16"), ("balanced", "float32")],
+)
+def test_loss_falls_on_a_tiny_corpus(folders, start, tmp_path, model, compute_dtype):
+    start(
+        model,
+        steps=20,
+        data=TrainDataConfig(tokens=folders["tokens"], micro_batch=4),
+        compute_dtype=compute_dtype,
+        checkpoint=CheckpointConfig(every=0),
+    )
     curve = losses(tmp_path / "run")
-    assert sum(curve[-4:]) / 4 < sum(curve[:4]) / 4 - 1.5
+    assert sum(curve[-4:]) / 4 < sum(curve[:4]) / 4 - 1
 
 
 def test_a_run_leaves_what_the_documents_say(start, tmp_path):
@@ -432,31 +440,36 @@ def test_global_capacity_over_several_micro_batches_is_refused(start):
 
 
 def test_a_run_folder_that_holds_its_model_is_refused(folders, tmp_path):
-    with pytest.raises(ConfigError, match="holds its own input"):
+    with pytest.raises(ConfigError, match="holds its input"):
         train(tiny_config(folders["moe"], folders["tokens"], folders["moe"].parent))
+
+
+TWO_STEPS = {"steps": 2, "checkpoint": CheckpointConfig(every=1)}
 
 
 def full_at(start, tmp_path, after: int, expected: str) -> None:
     """Fill the disk at one write, then let the run go on: nothing may be lost."""
     name = f"full-{after}"
-    with FullDisk(tmp_path / name, after=after):
-        with pytest.raises(FolderError, match="^[^\n]*No space left[^\n]*$"):
-            start(name=name, steps=4)
+    with (
+        FullDisk(tmp_path / name, after=after),
+        pytest.raises(FolderError, match=r"^[^\n]*No space left[^\n]*$"),
+    ):
+        start("dense", name=name, **TWO_STEPS)
     newest(tmp_path / name / "checkpoints")  # every state that is there must be whole
-    start(name=name, steps=4)
+    start("dense", name=name, **TWO_STEPS)
     assert weights_hash(tmp_path / name / "model") == expected
-    assert [line["step"] for line in lines(tmp_path / name / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(tmp_path / name / "metrics.jsonl")] == [1, 2]
 
 
 def count_writes(start, tmp_path) -> tuple[int, str]:
     with FullDisk(tmp_path / "whole", after=None) as disk:
-        start(name="whole", steps=4)
+        start("dense", name="whole", **TWO_STEPS)
     return disk.writes, weights_hash(tmp_path / "whole" / "model")
 
 
 def test_a_full_disk_loses_no_step_at_some_writes(start, tmp_path):
     writes, expected = count_writes(start, tmp_path)
-    for after in range(0, writes, writes // 12):
+    for after in range(0, writes, writes // 10):
         full_at(start, tmp_path, after, expected)
 
 

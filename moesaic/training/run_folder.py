@@ -10,12 +10,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
 
-from moesaic.errors import FolderError
+from moesaic.errors import FolderError, MoesaicError
 
 
 class RunFolder:
@@ -43,10 +44,12 @@ class RunFolder:
         self.model = path / "model"
         self._resume = resume
         self._lock: BinaryIO | None = None
+        self._is_new = False
 
     def __enter__(self) -> Self:
         try:
-            if self.path.exists():
+            self._is_new = not self.path.exists()
+            if not self._is_new:
                 self._refuse_foreign()
             for folder in (self.path, self.routing.parent, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -54,8 +57,10 @@ class RunFolder:
             self._lock = (self.path / ".lock").open("wb")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._unlock()
             raise FolderError(f"Another process is training in {self.path}. Wait for it.") from None
         except OSError as error:
+            self._unlock()
             raise FolderError(f"The run folder {self.path} cannot be used: {error}.") from error
         return self
 
@@ -65,6 +70,12 @@ class RunFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # What was refused before it began leaves nothing behind.
+        if self._is_new and isinstance(error, MoesaicError) and not self.metrics.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
 

@@ -79,6 +79,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         FolderError: A folder cannot be read or written. Earlier checkpoints are as they were.
         TrainingError: A loss or gradient is not finite. No weight was touched.
     """
+    _check_inputs(config)
     with RunFolder(config.run, resume=config.resume) as run, _StopRequest() as stop:
         spec = read_spec(config.model)
         folder = TokenFolder(config.data.tokens)
@@ -330,6 +331,12 @@ def _check_resume(
     before = (state.folder / "config.toml").read_text(encoding="utf-8")
     for change in changes(before, toml):
         note(f"Going on after step {state.step} with {change}.")
+
+
+def _check_inputs(config: TrainConfig) -> None:
+    for source in (config.model, config.data.tokens):
+        if source.resolve().is_relative_to(config.run.resolve()):
+            raise ConfigError(f"The run folder {config.run} holds its input {source}. Move one.")
 
 
 def _check_fit(config: TrainConfig, spec: ModelSpec, folder: TokenFolder) -> None:
