@@ -289,6 +289,8 @@ def _dataset_rows(path: Path, split: str) -> Iterator[tuple[dict[str, Any], str]
 def _hub_rows(path: Path, load: Callable[[Any], Any]) -> Iterator[tuple[dict[str, Any], str]]:
     import datasets
 
+    # It would say on stderr what is raised, and said, here.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         for number, row in enumerate(load(datasets)):
             yield row, f"{path} row {number}"

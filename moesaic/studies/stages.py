@@ -70,7 +70,6 @@ def run_stages(stages: Sequence[Stage], records: Path) -> dict[str, Done]:
         FolderError: What a stage would make is there, but not by a record.
         MoesaicError: Whatever a stage raises. Those before it stay done.
     """
-    records.mkdir(parents=True, exist_ok=True)
     done: dict[str, Done] = {}
     for number, stage in enumerate(stages, start=1):
         head = f"[{number}/{len(stages)}] {stage.title}"
@@ -82,6 +81,7 @@ def run_stages(stages: Sequence[Stage], records: Path) -> dict[str, Done]:
             done[stage.name] = finished
             continue
         _make_room(stage, record, key)
+        records.mkdir(parents=True, exist_ok=True)
         write_text_atomic(record, json.dumps({"key": key, "is_finished": False}) + "\n")
         note(head)
         done[stage.name] = _measured(stage, key)
