@@ -26,6 +26,12 @@ from tests.tiny_run import tiny_config, tiny_tokens
 SMALL: dict[str, Any] = {"steps": 30, "layers": 3, "experts": 4}
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of an ordinary small run."""
+    return page_of(write_run(tmp_path_factory.mktemp("ordinary") / "run", **SMALL))
+
+
 def page_of(run: Path) -> str:
     return Path(report(ReportConfig(run=run))["report"]).read_text(encoding="utf-8")
 
@@ -67,28 +73,26 @@ def test_the_page_says_what_happened_in_words_with_numbers(tmp_path: Path) -> No
     assert "highest in layer 0" in " ".join(result["summary"])
 
 
-def test_the_page_asks_nothing_of_the_network(tmp_path: Path) -> None:
-    text = page_of(write_run(tmp_path / "run", **SMALL))
-    page = Page(text)
-    assert all(address.startswith(("#", "data:")) for address in page.addresses)
-    assert not {"script", "iframe", "object", "embed", "base", "form"} & set(page.tags)
-    assert "default-src 'none'" in text
-    assert "@import" not in text
-    outside = re.findall(r"url\((?!#)", text)
+def test_the_page_asks_nothing_of_the_network(page: str) -> None:
+    parts = Page(page)
+    assert all(address.startswith(("#", "data:")) for address in parts.addresses)
+    assert not {"script", "iframe", "object", "embed", "base", "form"} & set(parts.tags)
+    assert "default-src 'none'" in page
+    assert "@import" not in page
+    outside = re.findall(r"url\((?!#)", page)
     assert outside == []
 
 
-def test_every_id_is_there_once_and_every_link_has_a_target(tmp_path: Path) -> None:
-    page = Page(page_of(write_run(tmp_path / "run", **SMALL)))
-    assert len(page.ids) == len(set(page.ids))
-    inside = {address[1:] for address in page.addresses if address.startswith("#")}
-    assert inside <= set(page.ids)
+def test_every_id_is_there_once_and_every_link_has_a_target(page: str) -> None:
+    parts = Page(page)
+    assert len(parts.ids) == len(set(parts.ids))
+    inside = {address[1:] for address in parts.addresses if address.startswith("#")}
+    assert inside <= set(parts.ids)
     assert {"loss-section", "drops-section", "load-section", "heldout-section"} <= inside
 
 
-def test_every_figure_has_a_title_and_a_description(tmp_path: Path) -> None:
-    text = page_of(write_run(tmp_path / "run", **SMALL))
-    figures = re.findall(r"<svg .*?</svg>", text, flags=re.DOTALL)
+def test_every_figure_has_a_title_and_a_description(page: str) -> None:
+    figures = re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL)
     assert len(figures) == 7
     for figure in figures:
         assert re.match(
@@ -98,11 +102,11 @@ def test_every_figure_has_a_title_and_a_description(tmp_path: Path) -> None:
         )
         # Stand-in colours would show as black on a dark page.
         assert not re.search(r"#(0101|04)[0-9a-f]{2,4}\b", figure)
-    assert "<title>layer 2</title>" in text
+    assert "<title>layer 2</title>" in page
 
 
 def test_text_of_models_cannot_become_part_of_the_page(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a<i>b", **SMALL)
+    run = write_run(tmp_path / "a<i>b", steps=3, layers=0)
     samples = [
         {"prompt": "<script>alert(1)</script>", "model": "<b>x", "text": "</div><img src=x>"}
     ]
@@ -157,7 +161,7 @@ def test_a_missing_similarity_file_is_said_of_a_mixture_of_experts_only(tmp_path
 
 
 def test_the_page_goes_where_it_is_asked_to(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", **SMALL)
+    run = write_run(tmp_path / "run", steps=3, layers=0)
     out = tmp_path / "page.html"
     assert report(ReportConfig(run=run, out=out))["report"] == str(out)
     assert out.read_text().startswith("<!doctype html>")
@@ -165,7 +169,7 @@ def test_the_page_goes_where_it_is_asked_to(tmp_path: Path) -> None:
 
 
 def test_the_same_run_makes_the_same_page(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", **SMALL)
+    run = write_run(tmp_path / "run", steps=3, layers=1, experts=2)
     assert page_of(run) == page_of(run)
 
 
@@ -233,7 +237,7 @@ def test_a_real_run_is_shown_from_the_files_that_training_wrote(tmp_path: Path) 
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", **SMALL)
+    run = write_run(tmp_path / "run", steps=3, layers=0)
     with pytest.raises(FolderError, match="was not written"):
         report(ReportConfig(run=run, out=tmp_path / "nowhere" / "page.html"))
 
