@@ -19,53 +19,58 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
+
+from measuring_machine import machine, save
 
 EXPERTS = 16
 LAYERS = 2
 MEMORY_LIMIT = 1_500_000_000
 TIME_LIMIT = 2.0
-RESULT = Path(__file__).parent / "results" / "upcycle_speed.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the 29 GB go; a temporary folder")
+    parser.add_argument(
+        "--cache", nargs="+", choices=("cold", "warm"), default=("cold", "warm"), help="states"
+    )
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         run_child(arguments.child[0], *map(Path, arguments.child[1:]))
         return
+    # So that a scratch folder of this size is given back on a polite kill too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     scratch = Path(tempfile.mkdtemp(prefix="upcycle-speed-", dir=arguments.folder))
     try:
-        result = measure(scratch, arguments.rounds)
+        result = measure(scratch, arguments.rounds, arguments.cache)
     finally:
         shutil.rmtree(scratch)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     report(result)
+    save("upcycle_speed", result)
 
 
-def measure(scratch: Path, rounds: int) -> dict[str, object]:
+def measure(scratch: Path, rounds: int, caches: Sequence[str]) -> dict[str, object]:
     """Build the dense folder, alternate upcycling and `cp`, then prove."""
     dense, reference, new = scratch / "dense", scratch / "reference", scratch / "new"
     print(f"building {LAYERS} dense layers in {scratch}", flush=True)
-    load_before = os.getloadavg()
+    before = machine()
     child("build", dense)
     child("upcycle", dense, reference)
     written = folder_bytes(reference)
     runs = []
     for index in range(rounds):
-        for cache in ("cold", "warm"):
+        for cache in caches:
             run: dict[str, object] = {"cache": cache}
             order = ("upcycle", "cp") if index % 2 == 0 else ("cp", "upcycle")
             for what in order:
@@ -87,11 +92,10 @@ def measure(scratch: Path, rounds: int) -> dict[str, object]:
             key: statistics.median(run[key] for run in runs if run["cache"] == cache)
             for key in ("upcycle_seconds", "cp_seconds", "ratio")
         }
-        for cache in ("cold", "warm")
+        for cache in caches
     }
     return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(load_before),
+        "machine": before,
         "layers": LAYERS,
         "experts": EXPERTS,
         "dense_bytes": folder_bytes(dense),
@@ -125,7 +129,6 @@ def report(result: dict[str, object]) -> None:
         f"largest logit difference {result['proof']['logits']['largest_difference']:.2e} "
         f"over {result['proof']['text']['tokens']} tokens"
     )
-    print(f"wrote {RESULT}")
 
 
 def child(what: str, *folders: Path) -> dict[str, object]:
@@ -133,9 +136,12 @@ def child(what: str, *folders: Path) -> dict[str, object]:
     command = [sys.executable, __file__, "--child", what, *map(str, folders)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         peak = 0
-        while process.poll() is None:
-            peak = max(peak, anonymous_bytes(process.pid))
-            time.sleep(0.002)
+        try:
+            while process.poll() is None:
+                peak = max(peak, anonymous_bytes(process.pid))
+                time.sleep(0.002)
+        finally:
+            process.terminate()
         output = process.stdout.read()
     if process.returncode:
         raise SystemExit(f"{what} failed with status {process.returncode}")
@@ -225,20 +231,6 @@ def settle(cache: str, *, read: Path, others: Path) -> None:
 
 def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix == ".safetensors")
-
-
-def machine(load_before: tuple[float, float, float]) -> dict[str, object]:
-    """What the figures were measured on, and how busy it was with other work at the start."""
-    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    memory = Path("/proc/meminfo").read_text().splitlines()[0].split()[1]
-    return {
-        "cpu": cpus[0].partition(":")[2].strip() if cpus else platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(int(memory) * 1024 / 1e9, 1),
-        "system": platform.release(),
-        "python": platform.python_version(),
-        "load_average_at_start": [round(load, 2) for load in load_before],
-    }
 
 
 if __name__ == "__main__":
