@@ -13,9 +13,10 @@ a default, silently, for what it does not find. What a family cannot say is refu
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from moesaic.errors import SpecError
 
@@ -436,7 +437,7 @@ class _Keys:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.fault(key, "a number is needed")
-        if value != value or value in (float("inf"), float("-inf")):
+        if not -sys.float_info.max <= value <= sys.float_info.max:
             raise self.fault(key, "a finite number is needed")
         return float(value)
 
@@ -485,6 +486,10 @@ class _Keys:
         return default
 
 
+_MAX_LAYERS = 10_000
+"""More are taken for a damaged file, before anything is counted layer by layer."""
+
+
 def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     """Read a Hugging Face `config.json`, in the spelling of transformers 4.57 or 5.x.
 
@@ -494,9 +499,9 @@ def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     """
     keys = _Keys(config)
     model_type = config.get("model_type")
-    if model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise keys.fault("model_type", f"known are {', '.join(sorted(_FAMILIES))}")
-    family: Family = model_type
+    family = cast(Family, model_type)
     rules = _FAMILIES[family]
     keys.refuse_unless("hidden_act", ("silu", "swish"), "only silu is supported")
     keys.refuse_unless("mlp_bias", (False,), "a bias in the feed-forward network is not supported")
@@ -506,10 +511,10 @@ def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     num_heads = keys.integer("num_attention_heads")
     hidden_dim = keys.integer("hidden_size")
     ffn_dim = keys.integer("intermediate_size")
-    if num_layers < 1 or num_heads < 1:
-        raise keys.fault(
-            "num_hidden_layers" if num_layers < 1 else "num_attention_heads", "at least 1 is needed"
-        )
+    if not 1 <= num_layers <= _MAX_LAYERS:
+        raise keys.fault("num_hidden_layers", f"1 to {_MAX_LAYERS:,} is needed")
+    if num_heads < 1:
+        raise keys.fault("num_attention_heads", "at least 1 is needed")
     if not keys.has("head_dim") and family == "qwen3":
         head_dim = 128
     elif not keys.has("head_dim") and hidden_dim % num_heads:
@@ -633,7 +638,8 @@ def _read_windows(
     if family == "llama":
         return None, ()
     if family.startswith("qwen") and not keys.flag("use_sliding_window", False):
-        if "sliding_attention" in (keys.config.get("layer_types") or []):
+        types = keys.config.get("layer_types")
+        if isinstance(types, list) and "sliding_attention" in types:
             raise keys.fault("layer_types", "but use_sliding_window is false")
         return None, ()
     default = 4096 if family.startswith("qwen") or family == "mistral" else None

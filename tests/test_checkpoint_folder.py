@@ -452,3 +452,19 @@ def test_a_copied_tokenizer_says_the_same(tmp_path):
     assert ours.decode(ours(text).input_ids) == text
     assert ours(text).input_ids == theirs(text).input_ids
     assert ours.apply_chat_template(chat, tokenize=False) == f"<|user|>{text}</s>"
+
+
+def test_whatever_bytes_are_flipped_a_file_is_read_or_refused_in_one_line(tmp_path):
+    write_all(tmp_path, MIXED)
+    path = tmp_path / WEIGHTS
+    good = path.read_bytes()
+    header_bytes = 8 + int.from_bytes(good[:8], "little")
+    for place in range(header_bytes):
+        for flip in (1, 16, 128):
+            path.write_bytes(good[:place] + bytes([good[place] ^ flip]) + good[place + 1 :])
+            try:
+                with WeightReader(tmp_path) as reader:
+                    for name in reader.entries:
+                        reader.read(name)
+            except FolderError as error:
+                assert "\n" not in str(error)

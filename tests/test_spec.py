@@ -467,3 +467,22 @@ def test_every_family_builds_what_its_table_lists():
     for name, spec in TINY.items():
         state = tiny_model(spec, dtype=torch.bfloat16).state_dict()
         assert set(state) == {entry.param for entry in disk_entries(spec)}, name
+
+
+ODD = (None, -1, 0, 3.5, math.nan, "x", True, [], [None], [{}], {}, {"rope_type": 3}, 10**30)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_whatever_stands_in_a_config_is_read_or_refused_in_one_line(name):
+    config = CONFIGS[name]
+    rope = config["rope_parameters"] | {"factor": 2.0, "rope_type": "llama3"}
+    changes = [{key: value} for key in config for value in ODD]
+    changes += [
+        {"rope_parameters": rope | {key: value}} for key in rope | {"type": None} for value in ODD
+    ]
+    changes += [{key: 5} for key in ("partial_rotary_factor", "max_window_layers", "moe_layers")]
+    for change in changes:
+        try:
+            spec_from_hf(config | change)
+        except SpecError as error:
+            assert "\n" not in str(error), change

@@ -118,8 +118,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise FolderError(f"{path} is not text in UTF-8.") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, json.JSONDecodeError) else "too deep or too long"
         raise FolderError(f"{path} is not valid JSON: {reason}.") from None
     except OSError as error:
         raise FolderError(f"{path} cannot be read: {error.strerror}.") from error
