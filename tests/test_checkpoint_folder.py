@@ -459,6 +459,7 @@ def test_whatever_bytes_are_flipped_a_file_is_read_or_refused_in_one_line(tmp_pa
     path = tmp_path / WEIGHTS
     good = path.read_bytes()
     header_bytes = 8 + int.from_bytes(good[:8], "little")
+    refusals = []
     for place in range(header_bytes):
         for flip in (1, 16, 128):
             path.write_bytes(good[:place] + bytes([good[place] ^ flip]) + good[place + 1 :])
@@ -467,4 +468,6 @@ def test_whatever_bytes_are_flipped_a_file_is_read_or_refused_in_one_line(tmp_pa
                     for name in reader.entries:
                         reader.read(name)
             except FolderError as error:
-                assert "\n" not in str(error)
+                refusals.append(str(error))
+    assert len(refusals) > header_bytes
+    assert not any("\n" in refusal for refusal in refusals)
