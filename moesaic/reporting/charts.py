@@ -63,6 +63,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.major.size": 0,
     "axes.formatter.useoffset": False,
     "lines.linewidth": 1.3,
+    "lines.markersize": 4,
     "lines.solid_capstyle": "round",
 }
 
@@ -77,6 +78,8 @@ class Panel:
     """(P,) for one line, (P, L) for one a layer."""
     is_share: bool = False
     """Show the values in per cent."""
+    from_zero: bool = False
+    """Begin the axis at zero, unless a value lies below."""
     reference: float | None = None
     """Where to draw a dashed line."""
 
@@ -135,7 +138,7 @@ def line_charts(panels: Sequence[Panel], *, name: str, title: str, description: 
             axes.plot(steps_P, values_P, color=ACCENT, marker=_marker(values_P))
             axes.set_title(panel.title)
             _time_axis(axes, steps_P)
-            _value_axis(axes, panel, from_zero=True)
+            _value_axis(axes, panel)
         return _svg(figure, name, title, description)
 
 
@@ -159,7 +162,7 @@ def layer_charts(
                 axes.axhline(panel.reference, color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
             axes.set_title(panel.title)
             _time_axis(axes, panel.steps_P)
-            _value_axis(axes, panel, from_zero=panel.is_share)
+            _value_axis(axes, panel)
         _depth_key(figure, grid, layers)
         return _svg(figure, name, title, description)
 
@@ -249,13 +252,13 @@ def _depth(row: int) -> str:
 
 
 def _marker(values_P: Array) -> str | None:
-    # A line needs two points; a lone one would not show.
-    return "o" if np.isfinite(values_P).sum() == 1 else None
+    # A lone point has no line, and between few the line says more than was measured.
+    return "o" if np.isfinite(values_P).sum() <= 4 else None
 
 
 def _time_axis(axes: Axes, steps_P: Array) -> None:
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _short(step)))
     first, last = float(steps_P[0]), float(steps_P[-1])
     if first == last:
@@ -271,7 +274,7 @@ def _short(number: float) -> str:
     return f"{number:g}"
 
 
-def _value_axis(axes: Axes, panel: Panel, *, from_zero: bool) -> None:
+def _value_axis(axes: Axes, panel: Panel) -> None:
     known = panel.values[np.isfinite(panel.values)]
     top = float(known.max()) if known.size else 0.0
     if panel.is_share and top > 0 and top > 8 * float(np.median(known)):
@@ -283,7 +286,7 @@ def _value_axis(axes: Axes, panel: Panel, *, from_zero: bool) -> None:
         axes.set_yticks([0.0, *(tick for tick in ticks if floor <= tick <= 1.1 * top)])
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_ylim(0, 1.15 * top)
-    elif from_zero and known.size and known.min() >= 0:
+    elif panel.from_zero and known.size and known.min() >= 0:
         axes.set_ylim(0, 1.08 * top if top > 0 else 1)
     if panel.is_share:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
@@ -321,7 +324,7 @@ def _cell_ticks(axes: Axes, panel: HeatMap) -> None:
         shown = _spread(columns, 8)
         axes.set_xticks([column + 0.5 for column in shown], [str(column) for column in shown])
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _short(step)))
 
 

@@ -128,7 +128,7 @@ def _speed_section(run: Run) -> Section:
         "tokens_per_second": "Tokens a second",
     }
     panels = [
-        Panel(title=title, steps_P=run.metrics["step"], values=run.metrics[name])
+        Panel(title=title, steps_P=run.metrics["step"], values=run.metrics[name], from_zero=True)
         for name, title in titles.items()
         if name in run.metrics and np.isfinite(run.metrics[name]).any()
     ]
@@ -170,7 +170,7 @@ def _drop_section(run: Run, routing: Routing) -> Section:
             " This run dropped nothing: the rate is what the stated capacity would have dropped."
         )
     titles = {"drop_rate": _drop_title(run), "coefficient": "Balance coefficient"}
-    panels = _panels(routing, titles, shares=("drop_rate",))
+    panels = _panels(routing, titles, from_zero=True, shares=("drop_rate",))
     if panels:
         caption = "One line a layer, coloured by depth; point at a line to see which it is."
         if "drop_rate" in routing.numbers:
@@ -298,6 +298,7 @@ def _panels(
     routing: Routing,
     titles: Mapping[str, str],
     *,
+    from_zero: bool = False,
     shares: Collection[str] = (),
     references: Mapping[str, float] | None = None,
 ) -> list[Panel]:
@@ -307,6 +308,7 @@ def _panels(
             steps_P=routing.steps_P,
             values=routing.numbers[name],
             is_share=name in shares,
+            from_zero=from_zero,
             reference=(references or {}).get(name),
         )
         for name, title in titles.items()
@@ -373,8 +375,8 @@ def _layer_table(run: Run) -> dict[str, Any] | None:
         if name in routing.numbers:
             columns[title] = _arrows(routing.numbers[name], show)
     ratios_PLE = words.fair_ratios(routing.load_PLE)
-    columns["Busiest expert"] = _arrows(ratios_PLE.max(axis=2), "{:.2f}".format)
-    columns["Idlest expert"] = _arrows(ratios_PLE.min(axis=2), "{:.2f}".format)
+    columns["Busiest"] = _arrows(ratios_PLE.max(axis=2), "{:.2f}".format)
+    columns["Idlest"] = _arrows(ratios_PLE.min(axis=2), "{:.2f}".format)
     if run.similarity is not None and run.similarity.layers == routing.layers:
         values_PL = run.similarity.values_PL
         columns["Similarity"] = _arrows(values_PL[[0, -1]], lambda value: words.cosines(value)[0])
@@ -409,7 +411,7 @@ def _heldout_table(run: Run) -> dict[str, Any] | None:
                 "label": row.get("label", "–"),
                 "loss": _digits(row.get("loss"), 4),
                 "error": _digits(row.get("standard_error"), 4),
-                "perplexity": _digits(row.get("perplexity"), 3),
+                "perplexity": _digits(row.get("perplexity"), 2),
                 "difference": _digits(row.get("difference"), 4, sign="+"),
                 "difference_error": _digits(row.get("difference_standard_error"), 4),
             }

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesaic.checkpoint.folder import read_spec
+from moesaic.console import track
 from moesaic.errors import FolderError, MoesaicError
 from moesaic.spec import ModelSpec
 
@@ -204,7 +205,7 @@ def _read_routing(path: Path, notes: list[str]) -> Routing | None:
     width = max(1, -(-_last_step(path) // MAX_POINTS))
     layers: tuple[int, ...] = ()
     try:
-        for line in _lines(path, notes):
+        for line in track(_lines(path, notes), label="reading routing"):
             layers = tuple(line["layers"])
             interval = (line["step"] - 1) // width
             steps.setdefault(interval, []).append(line["step"])
