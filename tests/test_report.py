@@ -301,6 +301,7 @@ def test_thinning_keeps_the_mean_and_bounds_the_number_of_points() -> None:
         (words.duration(3 * 60), "3 min"),
         (words.duration(3 * 3600 + 120), "3 h 2 min"),
         (" ".join(words.cosines(1.0, 0.5)), "1.000 0.500"),
+        (" ".join(words.cosines(1 - 1e-15)), "1.000"),
         (" ".join(words.cosines(0.99995, 0.98)), "0.999950 0.980000"),
     ],
 )

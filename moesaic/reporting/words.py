@@ -181,7 +181,7 @@ def _similarity(run: Run) -> str:
 
 def cosines(*values: float) -> list[str]:
     """Cosines with one number of digits, enough to tell the closest to 1 from 1."""
-    gap = min((abs(1 - value) for value in values if value != 1), default=1.0)
+    gap = min((abs(1 - v) for v in values if abs(1 - v) > 5e-7), default=1.0)
     digits = 3 if gap >= 0.01 else min(6, 1 - math.floor(math.log10(gap)))
     return [f"{value:.{digits}f}" for value in values]
 
