@@ -314,6 +314,14 @@ def test_a_finished_run_does_nothing_more(start, tmp_path):
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_without_a_checkpoint_at_the_end_the_model_is_the_same(start, tmp_path):
+    start(name="with")
+    start(name="without", checkpoint=CheckpointConfig(every=0, at_end=False))
+    assert list((tmp_path / "without" / "checkpoints").iterdir()) == []
+    assert losses(tmp_path / "without") == losses(tmp_path / "with")
+    assert weights_hash(tmp_path / "without" / "model") == weights_hash(tmp_path / "with" / "model")
+
+
 def test_half_a_line_and_later_lines_are_cut_on_resume(start, tmp_path):
     constant = ScheduleConfig(shape="constant")
     start(name="whole", schedule=constant)

@@ -13,7 +13,7 @@ class DemoConfig:
     """The whole path on a small real model."""
 
     out: Path = Path("demo")
-    """Folder for everything the demo makes: some 5 GB, and 9 GB more while it trains."""
+    """Folder for everything the demo makes: some 5 GB, and 8 GB more if training is interrupted."""
 
     quick: bool = False
     """Take a tiny model with random weights in place of SmolLM2: seconds, and no sense in its

@@ -226,8 +226,8 @@ class _Path:
             seed=self.config.seed,
             optimizer=OptimizerConfig(lr=self.config.lr),
             schedule=ScheduleConfig(warmup_steps=min(2, self.config.steps)),
-            # A state is 9 GB of weights and moments, so there is only the last.
-            checkpoint=CheckpointConfig(every=0, keep=1),
+            # One is 8 GB of weights and moments: written only when training is asked to stop.
+            checkpoint=CheckpointConfig(every=0, keep=1, at_end=False),
             metrics=MetricsConfig(similarity_every=self.config.steps, log_every=1),
         )
 

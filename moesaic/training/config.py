@@ -79,10 +79,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """How often a run can be resumed from. The last step is always one of them."""
+    """Where a run can be resumed from. One that is asked to stop always leaves a checkpoint."""
 
     every: int = 100
-    """Steps between checkpoints; 0 for one at the end only. Ours."""
+    """Steps between checkpoints; 0 for none on the way. Ours."""
+
+    at_end: bool = True
+    """Leave one after the last step, so that the run can be made longer. Without, a finished run
+    keeps its model folder, and starting it again trains again from its last checkpoint."""
 
     keep: int = 2
     """Checkpoints that stay; older ones are deleted after a new one is complete. Ours."""

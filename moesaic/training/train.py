@@ -251,11 +251,13 @@ def _run(
                 metrics.add_similarity(job.step, job.model)
             every = config.checkpoint.every
             is_due = every > 0 and job.step % every == 0
-            if is_due or job.step == config.steps or stop.signal is not None:
+            is_last = job.step == config.steps
+            if is_due or is_last or stop.signal is not None:
                 # First the lines, then the state: a state never stands without its lines.
                 metrics.sync()
-                _save(job, run, facts=facts, toml=toml)
-                saved_step = job.step
+                if is_due or not is_last or config.checkpoint.at_end:
+                    _save(job, run, facts=facts, toml=toml)
+                    saved_step = job.step
     finally:
         metrics.close()
 
