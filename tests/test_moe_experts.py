@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moesaic.errors import ConfigError
+from moesaic.moe import native
 from moesaic.moe.experts import Experts, grouped_swiglu
 
 COUNTS = {
@@ -136,3 +138,96 @@ def test_gradients_of_two_micro_batches_add_up():
     once = experts.w1.grad.clone()
     experts(x_ND, counts_E).sum().backward()
     torch.testing.assert_close(experts.w1.grad, 2 * once, rtol=1e-12, atol=0)
+
+
+@pytest.fixture
+def _fused():
+    if not native.available():
+        pytest.skip("needs a CPU with bfloat16 matrix products and a C++ compiler")
+
+
+needs_native = pytest.mark.usefixtures("_fused")
+
+
+@needs_native
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "inner"), [(64, 96), (160, 288), (32, 32)])
+@pytest.mark.parametrize(
+    "counts", [*COUNTS.values(), [1, 1, 1], [300, 0, 257], [600, 1, 40]], ids=str
+)
+def test_the_fused_operation_equals_the_loop(counts, dim, inner, weight_dtype):
+    x_ND, counts_E, weights = make_case(counts, torch.float32, dim, inner)
+    dy_ND = torch.randn(x_ND.shape)
+    weights = [(w / 10).detach().to(weight_dtype) for w in weights]
+    results = []
+    for name, dtype in (("loop", torch.float64), ("fused", torch.bfloat16)):
+        # The same numbers, exactly: whatever differs is how they are computed.
+        inputs = [x_ND.detach().bfloat16().to(dtype).requires_grad_()]
+        exact = dtype == torch.float64
+        inputs += [
+            (w.bfloat16().double() if exact else w).clone().requires_grad_() for w in weights
+        ]
+        y_ND = grouped_swiglu(inputs[0], counts_E, *inputs[1:], implementation=name)
+        grads = torch.autograd.grad((y_ND * dy_ND.bfloat16()).sum(), inputs, allow_unused=True)
+        results.append([y_ND, *grads])
+        if name == "fused":
+            assert [g.dtype for g in grads] == [torch.bfloat16] + [weight_dtype] * 3
+    for reference, ours in zip(*results, strict=True):
+        # 1 % of the norm: bfloat16's 2^-9, three times over.
+        error = (ours.double() - reference).norm() if reference is not None else ours.norm()
+        scale = reference.norm() if reference is not None else 0.0
+        assert error <= 0.01 * scale
+
+
+@needs_native
+def test_the_fused_operation_gives_idle_experts_zero_gradients():
+    x_ND, counts_E, weights = make_case([70, 0, 3], torch.float32, 64, 96)
+    y_ND = grouped_swiglu(x_ND.bfloat16(), counts_E, *weights, implementation="fused")
+    y_ND.sum().backward()
+    for weight in weights:
+        assert (weight.grad[1] == 0).all()
+        assert weight.grad[0].isfinite().all()
+        assert weight.grad[2].abs().max() > 0
+
+
+@needs_native
+@pytest.mark.parametrize("frozen", range(4))
+def test_the_fused_operation_leaves_out_frozen_gradients(frozen):
+    x_ND, counts_E, weights = make_case([70, 0, 3], torch.float32, 64, 96)
+    x_ND = x_ND.detach().bfloat16().requires_grad_()
+    inputs = [x_ND, *weights]
+    run = lambda: grouped_swiglu(x_ND, counts_E, *weights, implementation="fused")  # noqa: E731
+    full = torch.autograd.grad(run().sum(), inputs)
+    inputs[frozen].requires_grad_(False)
+    run().sum().backward()
+    for i, tensor in enumerate(inputs):
+        assert tensor.grad is None if i == frozen else torch.equal(tensor.grad, full[i])
+
+
+@needs_native
+def test_the_fused_operation_does_not_depend_on_the_number_of_threads():
+    x_ND, counts_E, weights = make_case([70, 300, 3], torch.float32, 64, 96)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y_ND = grouped_swiglu(x_ND.bfloat16(), counts_E, *weights, implementation="fused")
+        results.append([y_ND, *torch.autograd.grad(y_ND.sum(), weights)])
+    torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+@needs_native
+def test_training_in_bfloat16_takes_the_fused_operation_by_itself():
+    x_ND, counts_E, weights = make_case([70, 0, 3], torch.float32, 64, 96)
+    y_ND = grouped_swiglu(x_ND.bfloat16(), counts_E, *weights)
+    assert type(y_ND.grad_fn).__name__ == "_FusedSwiGLUBackward"
+
+
+def test_widths_that_the_fused_operation_cannot_do_are_refused_by_name_and_avoided_by_auto():
+    x_ND, counts_E, weights = make_case([70, 0, 3], torch.float32, 8, 16)
+    with pytest.raises(ConfigError, match="multiples of 32"):
+        grouped_swiglu(x_ND.bfloat16(), counts_E, *weights, implementation="fused")
+    y_ND = grouped_swiglu(x_ND.bfloat16(), counts_E, *weights)
+    assert type(y_ND.grad_fn).__name__ == "_PaddedSwiGLUBackward"

@@ -11,7 +11,12 @@ compute): they are cast to the activations' dtype once, and their gradients come
     padded      every expert's rows padded to a multiple of ROW_MULTIPLE. oneDNN builds a new
                 primitive for every row count that it has not seen, and an MoE shows it new ones at
                 every step; with padding there are few. Weight gradients go where they belong
+    fused       `grouped_swiglu.cpp`: panels of weights are cast and packed as they are read, and
+                activations and weight gradients are finished while still in the processor's
+                cache. For CPUs with bfloat16 matrix products, where a compiler is found
     grouped_mm  torch's grouped matrix product, for CUDA
+
+`auto` takes grouped_mm on CUDA and fused on a CPU, both for bfloat16, and padded otherwise.
 
 Shapes.
     N rows, sorted by expert     P rows with padding     n rows of one expert
@@ -27,10 +32,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Implementation = Literal["auto", "loop", "padded", "grouped_mm"]
+from moesaic.errors import ConfigError
+from moesaic.moe import native
+
+Implementation = Literal["auto", "loop", "padded", "fused", "grouped_mm"]
 
 ROW_MULTIPLE = 64
-"""Rows of an expert are padded to a multiple of this. Measured: see the module's header."""
+"""Rows of an expert are padded to a multiple of this."""
 
 FEW_ROWS = 64
 """At most this many rows, and no gradient to keep: touch only the experts that have rows."""
@@ -83,17 +91,32 @@ def grouped_swiglu(
         y_ND: In x_ND's dtype, (N, D).
     """
     if implementation == "auto":
-        needs_grad = torch.is_grad_enabled() and (
-            x_ND.requires_grad or any(w.requires_grad for w in (w1_EFD, w3_EFD, w2_EDF))
-        )
-        if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
-            implementation = "grouped_mm"
-        elif x_ND.shape[0] <= FEW_ROWS and not needs_grad:
-            implementation = "loop"
-        else:
-            implementation = "padded"
+        implementation = _choose(x_ND, w1_EFD, w3_EFD, w2_EDF)
     y_ND: Tensor = _IMPLEMENTATIONS[implementation](x_ND, counts_E, w1_EFD, w3_EFD, w2_EDF)
     return y_ND
+
+
+def _choose(x_ND: Tensor, *weights: Tensor) -> Implementation:
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x_ND, *weights))
+    if x_ND.is_cuda:
+        return "grouped_mm" if x_ND.dtype == torch.bfloat16 else "padded"
+    if x_ND.shape[0] <= FEW_ROWS and not needs_grad:
+        return "loop"
+    if _fits_fused(x_ND, *weights) and native.available():
+        return "fused"
+    return "padded"
+
+
+def _fits_fused(x_ND: Tensor, *weights: Tensor) -> bool:
+    dtypes = {w.dtype for w in weights}
+    return (
+        x_ND.device.type == "cpu"
+        and x_ND.dtype == torch.bfloat16
+        and len(dtypes) == 1
+        and dtypes <= {torch.float32, torch.bfloat16}
+        and all(size % 32 == 0 for size in weights[0].shape[1:])
+        and all(w.is_contiguous() for w in weights)
+    )
 
 
 def _loop(x_ND: Tensor, counts_E: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
@@ -130,9 +153,24 @@ def _padded(
     return y_ND
 
 
+def _fused(
+    x_ND: Tensor, counts_E: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor
+) -> Tensor:
+    if not (_fits_fused(x_ND, w1_EFD, w3_EFD, w2_EDF) and native.available()):
+        raise ConfigError(
+            "The fused experts need a CPU with bfloat16 matrix products, a C++ compiler, bfloat16 "
+            "activations, and widths that are multiples of 32. Use the padded ones."
+        )
+    y_ND: Tensor = _FusedSwiGLU.apply(  # type: ignore[no-untyped-call]
+        x_ND.contiguous(), counts_E.tolist(), w1_EFD, w3_EFD, w2_EDF
+    )
+    return y_ND
+
+
 _IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "loop": _loop,
     "padded": _padded,
+    "fused": _fused,
     "grouped_mm": _grouped_mm,
 }
 
@@ -230,3 +268,28 @@ def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
     else:
         out.copy_(a @ b)
+
+
+class _FusedSwiGLU(torch.autograd.Function):
+    """The C++ operation. Keeps x, and h1 beside h3 in a layout of its own; no copy of a weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, counts: list[int], w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor
+    ) -> Tensor:
+        keep = any(ctx.needs_input_grad)
+        y_ND: Tensor
+        y_ND, h = torch.ops.moesaic.swiglu_forward(x_ND, counts, w1_EFD, w3_EFD, w2_EDF, keep)
+        ctx.save_for_backward(x_ND, h, w1_EFD, w3_EFD, w2_EDF)
+        ctx.counts = counts
+        return y_ND
+
+    @staticmethod
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, h, *weights = ctx.saved_tensors
+        needs = [bool(need) for i, need in enumerate(ctx.needs_input_grad) if i != 1]
+        found = torch.ops.moesaic.swiglu_backward(
+            dy_ND.contiguous(), x_ND, ctx.counts, h, *weights, [int(need) for need in needs]
+        )
+        dx, dw1, dw3, dw2 = (g if need else None for g, need in zip(found, needs, strict=True))
+        return dx, None, dw1, dw3, dw2
