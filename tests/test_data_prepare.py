@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
 import random
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 import moesaic.data.sources as sources_module
 from moesaic.config import build, to_toml
@@ -246,16 +248,53 @@ def test_a_document_begins_with_bos_where_the_tokenizer_says_so(tmp_path, make):
     assert documents(tmp_path / "out") == [[0, *encode(folder, poem)] for poem in POEMS]
 
 
-def test_a_long_document_in_pieces_is_tokenised_as_if_whole(tmp_path, tokenizer, make, monkeypatch):
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def babble(draw: random.Random, words: int) -> str:
+    choices = ["rose", "is", "42", "is,", "...", "{", "}", "\n", "\n\n", "  ", "\t", "漢字", "é"]
+    return "".join(draw.choice(choices) + draw.choice(["", " "]) for _ in range(words))
+
+
+def greedy_tokenizer(path: Path, pattern: str) -> Path:
+    """One that has learned to join line breaks, spaces and marks wherever `pattern` lets it."""
+    trained = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator([babble(random.Random(1), 5000)], trainer)
+    tiny_tokenizer(path)
+    trained.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.mark.parametrize("words", [GPT2_WORDS, LLAMA3_WORDS], ids=["GPT-2", "Llama 3"])
+def test_a_long_document_in_pieces_is_tokenised_as_if_whole(tmp_path, make, monkeypatch, words):
     monkeypatch.setattr(sources_module, "PIECE_CHARS", 50)
-    draw = random.Random(0)
-    words = ["rose", "is", "42", "is,", "...", "{", "}", "\n", "\n\n", "  ", "\t", "漢字", "é"]
-    texts = [
-        "".join(draw.choice(words) + draw.choice(["", " "]) for _ in range(n))
-        for n in (900, 30, 400)
-    ]
-    make(source(write_texts(tmp_path / "texts", texts)))
-    assert documents(tmp_path / "out") == [encode(tokenizer, text) for text in texts]
+    folder = greedy_tokenizer(tmp_path / "greedy", words)
+    texts = [babble(random.Random(n), n) for n in (900, 30, 400)]
+    make(source(write_texts(tmp_path / "texts", texts)), tokenizer=folder)
+    assert documents(tmp_path / "out") == [encode(folder, text) for text in texts]
+
+
+def test_a_long_document_in_pieces_stays_on_one_side(tmp_path, tokenizer, make, monkeypatch):
+    monkeypatch.setattr(sources_module, "PIECE_CHARS", 20)
+    make(text_folder(tmp_path), heldout_fraction=0.5)
+    train, held = (documents(tmp_path / "out", split) for split in ("train", "heldout"))
+    assert train
+    assert held
+    assert sorted(train + held) == sorted(encode(tokenizer, poem) for poem in POEMS)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -307,6 +346,25 @@ def test_a_template_without_end_mark_learns_to_stop(tmp_path, make):
     tokens, mask = (stream(tmp_path / "out", kind) for kind in ("tokens", "mask"))
     learned = [token for token, is_learned in zip(tokens, mask, strict=True) if is_learned]
     assert learned.count(EOS) == tokens.count(EOS) == len(TALKS)
+
+
+def test_eos_after_a_turn_that_has_its_end_mark_is_not_learned(tmp_path, make):
+    folder = tiny_tokenizer(tmp_path / "with line breaks")
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    talks = [talk + more for talk, more in itertools.product(TALKS, ([], TALKS[0][:1]))]
+    make(
+        source(write_rows(tmp_path / "talks.jsonl", ({"messages": talk} for talk in talks))),
+        tokenizer=folder,
+    )
+    mask = iter(stream(tmp_path / "out", "mask"))
+    for talk, ids in zip(talks, documents(tmp_path / "out"), strict=True):
+        marks = [next(mask) for _ in ids]
+        at = [place for place, token in enumerate(ids) if token == EOS]
+        # One for each message, then that of the document.
+        assert [marks[place] for place in at] == [m["role"] == "assistant" for m in talk] + [0]
 
 
 @pytest.mark.parametrize("write", ["parquet", "dataset"])
