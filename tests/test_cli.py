@@ -12,7 +12,7 @@ import pytest
 
 import moesaic
 from moesaic.cli.app import VERBS, run
-from moesaic.cli.show import format_value, lines
+from moesaic.cli.show import size, table
 from moesaic.config import build, load_toml, merge
 from moesaic.errors import FolderError, MoesaicError, TrainingError
 from moesaic.training.config import TrainConfig
@@ -183,15 +183,18 @@ def test_a_closed_pipe_ends_without_a_traceback():
     assert done.stderr == ""
 
 
-def test_a_summary_is_shown_value_by_value():
-    summary = {"tokens": 1234567, "loss": 2.34567, "experts": {"w1": True}, "layers": [1, 2]}
-    assert list(lines(summary)) == [
-        "tokens: 1,234,567",
-        "loss: 2.346",
-        "experts.w1: yes",
-        "layers: 1 2",
+def test_a_table_lines_up_its_numbers():
+    rows = [["dense", "6.2", ""], ["dense, trained", "5.95", "-0.28"]]
+    assert list(table(["model", "loss", "to the first"], rows)) == [
+        "model           loss  to the first",
+        "dense            6.2",
+        "dense, trained  5.95         -0.28",
     ]
-    assert [format_value(value) for value in (None, 1e9, "a")] == ["none", "1,000,000,000", "a"]
+
+
+def test_a_size_is_in_the_largest_unit_that_fits():
+    sizes = [size(count) for count in (0, 1023, 1536, 3 * 2**20, 5000 * 2**30)]
+    assert sizes == ["0 bytes", "1023 bytes", "1.5 KiB", "3 MiB", "5,000.00 GiB"]
 
 
 def raiser(error):

@@ -1,38 +1,12 @@
-"""Summaries of jobs as lines for people: sentences, tables, or every value by its name."""
+"""What summaries of jobs are shown with: tables, losses, sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from moesaic.config import NONE
-
 Show = Callable[[dict[str, Any]], Iterable[str]]
-
-
-def lines(summary: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Every value of a summary as `name: value`; nested names are joined by a dot."""
-    for key, value in summary.items():
-        if isinstance(value, Mapping):
-            yield from lines(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            for index, item in enumerate(value):
-                yield from lines(item, f"{prefix}{key}.{index}.")
-        else:
-            yield f"{prefix}{key}: {format_value(value)}"
-
-
-def format_value(value: Any) -> str:
-    """A number with its thousands apart or four digits, a list by its items, text as it is."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: NONE}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    if isinstance(value, list | tuple):
-        return " ".join(format_value(item) for item in value) or NONE
-    return str(value)
+"""Turns a summary into lines for people."""
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -1,14 +1,14 @@
 """Make a command out of a job's Config: one flag for each of its values.
 
-    @verb(EvaluateConfig, positional=("model", "tokens"))
+    @verb(EvaluateConfig, positional=("models",), show=show)
     def evaluate(config: EvaluateConfig) -> Summary:
         \"\"\"Measure ...\"\"\"
         return moesaic.evaluate(config)
 
-gives `moesaic evaluate MODEL TOKENS --batch-size 8 --json`. The Config is the only place where a
-flag's name, type, default and help stand. Sections become dotted flags (`--optimizer.lr`); each
-section of a list is one `--sources name=web,path=texts`. A verb with a recipe takes a TOML file
-too, which the flags override, and `--dry-run`.
+gives `moesaic evaluate MODELS --data TOKENS --batch-size 8 --json`. The Config is the only place
+where a flag's name, type, default and help stand. Sections become dotted flags (`--optimizer.lr`);
+each section of a list is one `--sources name=web,path=texts`. A verb with a recipe takes a TOML
+file too, which the flags override, and `--dry-run`.
 
 Everything here must answer `--help` at once, so nothing here or in a Config loads torch.
 """
@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, TextIO, TypeVar, get_args, get_origi
 
 from cyclopts import Group, Parameter
 
-from moesaic.cli.show import Show, lines
+from moesaic.cli.show import Show
 from moesaic.config import NONE, Leaf, build, describe, leaves, load_toml, merge, to_toml
 from moesaic.errors import ConfigError
 
@@ -48,9 +48,9 @@ NOT_GIVEN: Any = type("NotGiven", (), {"__repr__": lambda self: "not given"})()
 def verb(
     cls: type[Config],
     *,
+    show: Show,
     positional: tuple[str, ...] = (),
     recipe: bool = False,
-    show: Show = lines,
     streams: bool = False,
     status: Callable[[Summary], int] = lambda _: 0,
 ) -> Callable[[Callable[..., Summary]], Callable[..., int]]:
@@ -58,9 +58,9 @@ def verb(
 
     Args:
         cls: The job's Config. Each of its values becomes a flag.
+        show: Turns a summary into lines for people.
         positional: Values given by position instead; a tuple among them takes all that is left.
         recipe: Take a TOML file first, and `--dry-run`.
-        show: Turns a summary into lines for people.
         streams: The function also takes `on_text`, which prints text as it comes; it is None
             where the result is to be JSON.
         status: The exit status that a summary ends with.
