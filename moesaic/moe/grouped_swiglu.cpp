@@ -19,7 +19,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <immintrin.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -246,17 +245,8 @@ void for_each_item(int64_t items, size_t scratch_bytes, const Work& work) {
   });
 }
 
-// Memory for a large result, in pages of two megabytes where the kernel agrees.
-Tensor empty_huge(at::IntArrayRef shape, at::ScalarType dtype) {
-  Tensor tensor = at::empty(shape, at::TensorOptions().dtype(dtype));
-  constexpr uintptr_t kPage = 1 << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  const uintptr_t last = (begin + tensor.nbytes()) / kPage * kPage;
-  if (first < last) {
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
-  return tensor;
+Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) {
+  return at::empty(shape, at::TensorOptions().dtype(dtype));
 }
 
 template <typename Weight>
@@ -289,7 +279,7 @@ void forward(
     BFloat16* h, BFloat16* y) {
   const int64_t D = w1.size(2), F = w1.size(1), N = x.size(0);
   const Readable x_rows(x);
-  const Tensor a_tensor = empty_huge({N + kRows, F}, at::kBFloat16);
+  const Tensor a_tensor = empty({N + kRows, F}, at::kBFloat16);
   BFloat16* a = a_tensor.data_ptr<BFloat16>();
 
   const int64_t inner_panels = (F + kCols - 1) / kCols;
@@ -434,10 +424,10 @@ void backward(
 
   Tensor x_paired, dy_transposed;
   if (needs_w13) {
-    x_paired = empty_huge({rows.padded, D}, at::kBFloat16);
+    x_paired = empty({rows.padded, D}, at::kBFloat16);
   }
   if (out.dw2.defined()) {
-    dy_transposed = empty_huge({rows.depth_blocks, D, kDepth}, at::kBFloat16);
+    dy_transposed = empty({rows.depth_blocks, D, kDepth}, at::kBFloat16);
   }
   for_each_item(experts, 0, [&](int64_t item, char*) {
     const Expert& expert = rows.experts[item];
@@ -452,8 +442,8 @@ void backward(
   const Readable dy_rows(dy);
   Tensor dh1_tensor, dh3_tensor;
   if (out.dx.defined()) {
-    dh1_tensor = empty_huge({N + kRows, F}, at::kBFloat16);
-    dh3_tensor = empty_huge({N + kRows, F}, at::kBFloat16);
+    dh1_tensor = empty({N + kRows, F}, at::kBFloat16);
+    dh3_tensor = empty({N + kRows, F}, at::kBFloat16);
   }
   BFloat16* dh1 = out.dx.defined() ? dh1_tensor.data_ptr<BFloat16>() : nullptr;
   BFloat16* dh3 = out.dx.defined() ? dh3_tensor.data_ptr<BFloat16>() : nullptr;
@@ -596,7 +586,7 @@ std::tuple<Tensor, Tensor> swiglu_forward(
   Tensor y = at::empty(x.sizes(), x.options());
   // Panel by panel, a row's part of h1 beside that of h3: as the backward pass reads it.
   const int64_t panels = (F + kCols - 1) / kCols;
-  Tensor h = keep ? empty_huge({panels, x.size(0), 2 * kCols}, at::kBFloat16)
+  Tensor h = keep ? empty({panels, x.size(0), 2 * kCols}, at::kBFloat16)
                   : at::empty({0}, x.options());
   BFloat16* kept = keep ? h.data_ptr<BFloat16>() : nullptr;
   if (w1.scalar_type() == at::kFloat) {
@@ -624,7 +614,7 @@ std::vector<Tensor> swiglu_backward(
   const Tensor* weights[] = {&w1, &w3, &w2};
   for (int i = 0; i < 3; ++i) {
     if (needs[i + 1]) {
-      *gradients[i] = empty_huge(weights[i]->sizes(), weights[i]->scalar_type());
+      *gradients[i] = empty(weights[i]->sizes(), weights[i]->scalar_type());
       for (const int64_t expert : rows.idle) {
         gradients[i]->select(0, expert).zero_();
       }
