@@ -85,8 +85,8 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 for none on the way. Ours."""
 
     at_end: bool = True
-    """Leave one after the last step, so that the run can be made longer. Without, a finished run
-    keeps its model folder, and starting it again trains again from its last checkpoint."""
+    """Leave one after the last step, so that the run can be made longer. Without, a longer run
+    begins again at the last checkpoint there is."""
 
     keep: int = 2
     """Checkpoints that stay; older ones are deleted after a new one is complete. Ours."""

@@ -86,17 +86,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
         _check_fit(config, spec, folder)
         remove_leftovers(run.checkpoints)
         ours, toml = identity(config), to_toml(config)
+        finished = _finished(config, run, ours)
+        if finished is not None:
+            return finished
         state = newest(run.checkpoints)
         if state is not None:
             _check_resume(config, state, ours, toml)
-            finished = _finished(config, run, state)
-            if finished is not None:
-                return finished
         write_text_atomic(run.config, toml)
         write_machine(run, _device(config))
         job = _Job.set_up(config, spec, state)
         _run(job, run, folder=folder, facts={"identity": ours}, toml=toml, stop=stop)
-        return _finish(job, run, state=state, stop=stop)
+        return _finish(job, run, state=state, identity=ours, stop=stop)
 
 
 @dataclass
@@ -280,7 +280,12 @@ def _save(job: _Job, run: RunFolder, *, facts: Mapping[str, Any], toml: str) -> 
 
 
 def _finish(
-    job: _Job, run: RunFolder, *, state: TrainingState | None, stop: _StopRequest
+    job: _Job,
+    run: RunFolder,
+    *,
+    state: TrainingState | None,
+    identity: Mapping[str, Any],
+    stop: _StopRequest,
 ) -> dict[str, Any]:
     """Leave the model folder, if all steps are done, and say what happened."""
     config = job.config
@@ -303,22 +308,27 @@ def _finish(
         "stopped_by": None if is_finished else stop.signal,
         "peak_memory_bytes": peak_memory_bytes(_device(config)),
         "save_dtype": config.save_dtype,
+        "identity": dict(identity),
     }
     if is_finished:
         write_text_atomic(run.summary, json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def _finished(config: TrainConfig, run: RunFolder, state: TrainingState) -> dict[str, Any] | None:
+def _finished(
+    config: TrainConfig, run: RunFolder, ours: Mapping[str, Any]
+) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do; None if it has."""
-    if state.step < config.steps or not (run.model / "config.json").exists():
-        return None
     try:
         summary: dict[str, Any] = json.loads(run.summary.read_text())
-        same = summary["step"] == config.steps and summary["save_dtype"] == config.save_dtype
+        has_all = summary["step"] == config.steps and summary["save_dtype"] == config.save_dtype
+        before = summary["identity"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return summary if same else None
+    if not has_all or not (run.model / "config.json").exists():
+        return None
+    check_identity(before, ours, run=config.run)
+    return summary
 
 
 def _check_resume(
