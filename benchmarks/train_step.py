@@ -184,10 +184,12 @@ def moesaic_step(folder: Path, dtype, _experts: str) -> Callable:  # noqa: ANN00
     from moesaic.data.batches import Batch
     from moesaic.model.build import load_model
     from moesaic.moe.config import RoutingConfig
+    from moesaic.moe.native import keep_freed_memory
     from moesaic.training.config import OptimizerConfig
     from moesaic.training.optimizer import build_optimizer, gradient_norm, update
     from moesaic.training.step import accumulate
 
+    keep_freed_memory()
     model = load_model(folder, dtype=dtype)
     model.compute_dtype = torch.bfloat16
     optimizer = build_optimizer(model, OptimizerConfig())

@@ -37,6 +37,7 @@ from moesaic.model.build import build_model, load_model, save_model
 from moesaic.model.mlp import MLP
 from moesaic.model.transformer import Transformer
 from moesaic.moe.balance import AdaptiveCoefficient
+from moesaic.moe.native import keep_freed_memory
 from moesaic.moe.statistics import RoutingStatistics
 from moesaic.spec import ModelSpec
 from moesaic.training.config import TrainConfig
@@ -118,6 +119,7 @@ class _Job:
     @classmethod
     def set_up(cls, config: TrainConfig, spec: ModelSpec, state: TrainingState | None) -> Self:
         device = _device(config)
+        keep_freed_memory()
         if state is None:
             model = load_model(config.model, dtype=torch.float32, device=device)
         else:
