@@ -18,6 +18,8 @@ from moesaic.checkpoint.folder import (
 from moesaic.config import build, load_toml
 from moesaic.errors import ConfigError, DataError, FolderError, MoesaicError
 from moesaic.model.build import build_model, init_weights, load_model, save_model
+from moesaic.moe.dispatch import combine, plan_dispatch
+from moesaic.moe.router import sum_to_one
 from moesaic.spec import ModelSpec, RopeSpec
 from moesaic.upcycling import proof as proof_module
 from moesaic.upcycling.config import UpcycleConfig, upcycled_spec
@@ -120,7 +122,8 @@ def test_parts_of_mlps_compute_what_the_dense_model_did(dense, granularity, expe
     config = config_for(
         dense, init="granular", granularity=granularity, experts=experts, top_k=top_k, gate_std=0.5
     )
-    upcycle(config)
+    summary = upcycle(config)
+    assert summary["family"] == "mixtral"
     assert largest_difference(dense, config.out) < 1e-11
     assert read_spec(config.out).moe.expert_dim == LLAMA.ffn_dim // granularity
 
@@ -156,6 +159,16 @@ def test_a_zero_gate_and_a_selection_bias_still_compute_the_same(dense):
     bias = tensors(config.out)["model.layers.0.block_sparse_moe.gate.e_score_correction_bias"]
     assert bias.dtype == torch.float32
     assert not bias.any()
+
+
+def test_gates_at_inference_give_back_equal_experts_outputs_to_the_last_bit():
+    experts_TK = torch.tensor([[0, 1, 2], [2, 0, 1]]).repeat(500, 1)
+    plan = plan_dispatch(experts_TK, num_experts=3)
+    gates_TK = normal((1000, 3), std=1.0, seed=0, name="gates").softmax(-1)
+    y_TD = 1e4 * normal((1000, 8), std=1.0, seed=0, name="outputs")
+    equal_ND = y_TD[plan.tokens_N]
+    assert torch.equal(combine(equal_ND, sum_to_one(gates_TK), plan), y_TD)
+    assert not torch.equal(combine(equal_ND, gates_TK, plan), y_TD)
 
 
 # ---- which model comes of it
@@ -210,6 +223,11 @@ def test_the_dtype_of_the_dense_model_is_kept(dense, tmp_path):
     config = config_for(half)
     upcycle(config)
     assert {tensor.dtype for tensor in tensors(config.out).values()} == {torch.bfloat16}
+    biased = config_for(half, selection_bias=True, out=tmp_path / "biased")
+    upcycle(biased)
+    wide = [name for name, t in tensors(biased.out).items() if t.dtype == torch.float32]
+    assert wide == [n for n in tensors(biased.out) if n.endswith("e_score_correction_bias")]
+    assert len(wide) == LLAMA.num_layers
     assert read_config(config.out)["torch_dtype"] == "bfloat16"
 
 
@@ -357,16 +375,23 @@ def test_random_numbers_do_not_depend_on_what_was_drawn_before():
 # ---- the proof
 
 
-@pytest.fixture
-def noisy(dense):
+def make_noisy(dense: Path) -> Path:
     config = config_for(dense, init="noise", noise_std=0.2, gate_std=0.5)
     upcycle(config)
     return config.out
 
 
+@pytest.fixture
+def noisy(dense):
+    return make_noisy(dense)
+
+
 @pytest.mark.parametrize("slice_bytes", [1 << 26, 600], ids=["whole", "in slices"])
+@pytest.mark.parametrize("name", ["llama", "mistral sliding"])
 @torch.no_grad()
-def test_the_proof_says_what_two_loaded_models_say(dense, noisy, monkeypatch, slice_bytes):
+def test_the_proof_says_what_two_loaded_models_say(tmp_path, name, monkeypatch, slice_bytes):
+    dense = make_dense(tmp_path / "dense", DENSE[name])
+    noisy = make_noisy(dense)
     monkeypatch.setattr(proof_module, "_SLICE_BYTES", slice_bytes)
     monkeypatch.setattr(proof_module, "_ROW_TOKENS", 32)
     text = dense.parent / "text.txt"
@@ -431,6 +456,15 @@ def test_drop_is_not_expected_to_be_exact_and_is_not(dense):
     summary = upcycle(config_for(dense, init="drop", prove=True, proof_tokens=64))
     assert summary["proof"]["expected"] == "differs"
     assert summary["proof"]["verdict"] == "differs"
+
+
+def test_a_float64_proof_leaves_no_rounding_to_argue_about(dense):
+    config = config_for(
+        dense, init="granular", granularity=2, prove=True, proof_tokens=64, proof_dtype="float64"
+    )
+    proof = upcycle(config)["proof"]
+    assert proof["dtype"] == "float64"
+    assert proof["logits"]["largest_difference"] < 1e-11
 
 
 def test_a_short_text_is_run_whole_and_rows_are_equal(dense, noisy, tmp_path):

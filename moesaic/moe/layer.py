@@ -34,7 +34,7 @@ from moesaic.moe.losses import (
     skywork_balance_loss,
     switch_balance_loss,
 )
-from moesaic.moe.router import Router, RouterOutput
+from moesaic.moe.router import Router, RouterOutput, sum_to_one
 from moesaic.moe.statistics import RoutingStatistics, measure_routing
 from moesaic.spec import MoESpec
 
@@ -111,6 +111,8 @@ class MoELayer(nn.Module):
             gates_TK, keep_TK, statistics = self._train_routing(
                 routed, routing, sequences=x_BSD.shape[0]
             )
+        elif self.spec.renormalize and x_TD.dtype == torch.float32:
+            gates_TK = sum_to_one(gates_TK)
         plan = plan_dispatch(routed.experts_TK, num_experts=self.spec.num_experts, keep_TK=keep_TK)
         y_ND = self.experts(gather(x_TD, plan), plan.counts_E)
         y_TD = combine(y_ND, gates_TK, plan)

@@ -90,6 +90,9 @@ class UpcycleConfig:
     proof_tokens: int = 512
     """Tokens of that text to run, in rows of at most 512."""
 
+    proof_dtype: Literal["float32", "float64"] = "float32"
+    """What the proof computes in."""
+
     dense_tokens: float | None = None
     """Tokens the dense model was trained on. With `moe_tokens`: print whether to upcycle."""
 

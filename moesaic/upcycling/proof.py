@@ -6,9 +6,15 @@ needed is that of one attention layer plus activations, whatever the model's siz
 is computed by the model's own router and every chosen expert is read from its own place on
 disk: nothing presumes that experts are equal.
 
+What is looked for is a difference between the models, not between two orders of adding up the
+same numbers. In float32 that alone can exceed 1e-4 in a logit: SmolLM2 has activations of
+25,000, whose last bit is 0.002. So both models' feed-forward products are computed over
+blocks of as many rows, in which a row's result does not depend on the rows around it, and
+gates sum to 1 in float64, as they do in the model at inference.
+
 Shapes.
     B rows of text    S tokens in a row    T tokens (B S)    D model width    F inner width
-    V vocabulary      K experts per token  f, v slices of F and V
+    V vocabulary      K experts per token  f, v slices of F and V             t a block of tokens
 """
 
 from __future__ import annotations
@@ -32,17 +38,17 @@ from moesaic.errors import DataError
 from moesaic.model.attention import Attention, attention_mask
 from moesaic.model.norm import RMSNorm
 from moesaic.model.rope import rope_tables
-from moesaic.moe.router import Router
+from moesaic.moe.router import Router, sum_to_one
 from moesaic.spec import ModelSpec
 from moesaic.version import __version__
 
 EXACT_LIMIT = 1e-4
-"""Largest difference of any float32 logit up to which the two models are called equal. What
-is left below it is rounding: gates that sum to 1 only to the last bit."""
+"""Largest difference of any float32 logit up to which the two models are called equal;
+below it is rounding."""
 
 _ROW_TOKENS = 512
 _SLICE_BYTES = 64 << 20
-_TOKENS_AT_ONCE = 512
+_BLOCK_ROWS = 64
 
 
 @torch.no_grad()
@@ -52,6 +58,7 @@ def prove(
     *,
     text: Path | None = None,
     tokens: int = 512,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Measure how far the MoE in folder `moe` is from the dense model it was made of.
 
@@ -61,6 +68,7 @@ def prove(
         moe: Folder of the MoE.
         text: UTF-8 text file; None takes the source of Python's standard library.
         tokens: How many tokens to run, in equal rows of at most 512; a shorter text is run whole.
+        dtype: To compute in, float32 or float64.
 
     Returns:
         What proof.json holds, see docs/upcycling.md, less what only `upcycle` knows.
@@ -75,8 +83,8 @@ def prove(
     ids_BS = _in_rows(ids[:tokens], source)
     with WeightReader(dense) as dense_reader, WeightReader(moe) as moe_reader:
         pair = (
-            _StreamedModel(dense_reader, read_spec(dense)),
-            _StreamedModel(moe_reader, read_spec(moe)),
+            _StreamedModel(dense_reader, read_spec(dense), dtype),
+            _StreamedModel(moe_reader, read_spec(moe), dtype),
         )
         layers = _run_layers(pair, ids_BS)
         logits = _compare_logits(pair)
@@ -86,7 +94,7 @@ def prove(
         "exact_limit": EXACT_LIMIT,
         "logits": logits,
         "layers": layers,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "text": {
             "source": source,
             "sha256": hashlib.sha256(sample.encode()).hexdigest(),
@@ -113,8 +121,9 @@ def hash_files(folder: Path) -> dict[str, str]:
 class _StreamedModel:
     """A model on disk whose layers are computed one after another, with its activations."""
 
-    def __init__(self, reader: WeightReader, spec: ModelSpec) -> None:
+    def __init__(self, reader: WeightReader, spec: ModelSpec, dtype: torch.dtype) -> None:
         self.spec = spec
+        self.dtype = dtype
         self.x_BSD = torch.empty(0)
         self._reader = reader
         self._names = {(entry.param, entry.expert): entry.name for entry in disk_entries(spec)}
@@ -124,7 +133,7 @@ class _StreamedModel:
         return self._reader.read(self._names[param, expert])
 
     def embed(self, ids_BS: Tensor) -> None:
-        self.x_BSD = self.stored("model.embed_tokens.weight")[ids_BS].float()
+        self.x_BSD = self.stored("model.embed_tokens.weight")[ids_BS].to(self.dtype)
 
     def run_layer(self, layer: int) -> None:
         prefix = f"model.layers.{layer}"
@@ -147,10 +156,18 @@ class _StreamedModel:
         tied = self.spec.tied_embeddings
         return self.stored("model.embed_tokens.weight" if tied else "lm_head.weight")
 
+    def _loaded(self, make: Callable[[], nn.Module], prefix: str) -> nn.Module:
+        """A module of the model with its weights read from under `prefix`."""
+        with torch.device("meta"):
+            module = make()
+        state = {
+            name: self.stored(f"{prefix}.{name}").to(self.dtype) for name in module.state_dict()
+        }
+        module.load_state_dict(state, assign=True)
+        return module
+
     def _normed(self, prefix: str) -> Tensor:
-        norm = _loaded(
-            lambda: RMSNorm(self.spec.hidden_dim, self.spec.norm_eps), self.stored, prefix
-        )
+        norm = self._loaded(lambda: RMSNorm(self.spec.hidden_dim, self.spec.norm_eps), prefix)
         return norm(self.x_BSD)  # type: ignore[no-any-return]
 
     def _attend(self, layer: int, normed_BSD: Tensor) -> Tensor:
@@ -159,7 +176,7 @@ class _StreamedModel:
         positions_S = torch.arange(length)
         rope = rope_tables(spec.rope, spec.head_dim, positions_S)
         mask = attention_mask(positions_S, length, window=spec.window_of(layer), documents_BS=None)
-        attention = _loaded(lambda: Attention(spec), self.stored, f"model.layers.{layer}.self_attn")
+        attention = self._loaded(lambda: Attention(spec), f"model.layers.{layer}.self_attn")
         # Row by row: the scores of all rows at once would outgrow the weights.
         return torch.cat([attention(row, rope, mask) for row in normed_BSD.split(1)])
 
@@ -167,31 +184,36 @@ class _StreamedModel:
         moe = self.spec.moe
         assert moe is not None, f"{prefix=}"
         assert moe.shared_expert_dim == 0, f"{moe.shared_expert_dim=}"
-        router = _loaded(lambda: Router(moe, self.spec.hidden_dim), self.stored, f"{prefix}.gate")
+        router = self._loaded(lambda: Router(moe, self.spec.hidden_dim), f"{prefix}.gate")
         routed = router(x_TD)
-        y_TD = torch.zeros_like(x_TD)
+        gates_TK = sum_to_one(routed.gates_TK) if moe.renormalize else routed.gates_TK
+        y_TD = torch.zeros_like(x_TD, dtype=gates_TK.dtype)
         for expert in range(moe.num_experts):
             token, choice = (routed.experts_TK == expert).nonzero(as_tuple=True)
             if len(token):
                 parts = (f"{prefix}.experts.{matrix}" for matrix in ("w1", "w3", "w2"))
                 out_ND = self._swiglu(x_TD[token], *parts, expert=expert)
-                y_TD.index_add_(0, token, routed.gates_TK[token, choice, None] * out_ND)
-        return y_TD
+                y_TD.index_add_(0, token, gates_TK[token, choice, None] * out_ND)
+        return y_TD.to(self.dtype)
 
     def _swiglu(
         self, x_TD: Tensor, gate: str, up: str, down: str, *, expert: int | None = None
     ) -> Tensor:
         gate_FD, up_FD = self.stored(gate, expert), self.stored(up, expert)
         down_DF = self.stored(down, expert)
+        tokens = x_TD.shape[0]
+        x_TD = F.pad(x_TD, (0, 0, 0, -tokens % _BLOCK_ROWS))
         y_TD = torch.zeros_like(x_TD)
-        for inner in _slices(gate_FD.shape[0], 3 * 4 * gate_FD.shape[1]):
-            gate_fD, up_fD = gate_FD[inner].float(), up_FD[inner].float()
-            down_Df = down_DF[:, inner].float()
-            for rows in _slices(x_TD.shape[0], _SLICE_BYTES // _TOKENS_AT_ONCE):
-                x_tD = x_TD[rows]
+        for inner in _slices(gate_FD.shape[0], 3 * self.dtype.itemsize * gate_FD.shape[1]):
+            # Copies, even where the dtype is the same: a matrix product may round differently
+            # where memory is aligned differently.
+            gate_fD = gate_FD[inner].to(self.dtype, copy=True)
+            up_fD = up_FD[inner].to(self.dtype, copy=True)
+            down_Df = down_DF[:, inner].to(self.dtype, copy=True)
+            for x_tD, y_tD in zip(x_TD.split(_BLOCK_ROWS), y_TD.split(_BLOCK_ROWS), strict=True):
                 h_tf = F.silu(F.linear(x_tD, gate_fD)) * F.linear(x_tD, up_fD)
-                y_TD[rows] += F.linear(h_tf, down_Df)
-        return y_TD
+                y_tD += F.linear(h_tf, down_Df)
+        return y_TD[:tokens]
 
 
 def _run_layers(
@@ -218,15 +240,16 @@ def _run_layers(
 
 def _compare_logits(pair: tuple[_StreamedModel, _StreamedModel]) -> dict[str, Any]:
     """Compare all logits, a slice of tokens times a slice of the vocabulary at a time."""
+    dense, _ = pair
     hidden = [model.final_TD() for model in pair]
     heads = [model.head() for model in pair]
     tokens, (vocab, dim) = hidden[0].shape[0], heads[0].shape
     largest, largest_logit, total = 0.0, 0.0, 0.0
-    best = [torch.full((tokens,), -torch.inf) for _ in pair]
+    best = [torch.full((tokens,), -torch.inf, dtype=dense.dtype) for _ in pair]
     best_id = [torch.zeros(tokens, dtype=torch.int64) for _ in pair]
-    for words in _slices(vocab, 2 * 4 * dim):
-        weights = [head[words].float() for head in heads]
-        for rows in _slices(tokens, _SLICE_BYTES // _TOKENS_AT_ONCE):
+    for words in _slices(vocab, 2 * dense.dtype.itemsize * dim):
+        weights = [head[words].to(dense.dtype) for head in heads]
+        for rows in _slices(tokens, 4 * dense.dtype.itemsize * (words.stop - words.start)):
             logits = [
                 F.linear(x_TD[rows], weight_vD)
                 for x_TD, weight_vD in zip(hidden, weights, strict=True)
@@ -251,7 +274,7 @@ def _compare_logits(pair: tuple[_StreamedModel, _StreamedModel]) -> dict[str, An
 
 def _largest(so_far: float, values: Tensor) -> float:
     # Python's max would pass over a NaN that does not come first.
-    return _number(torch.maximum(torch.tensor(so_far), values.max()))
+    return _number(torch.maximum(values.new_tensor(so_far), values.max()))
 
 
 def _number(value: Tensor) -> float:
@@ -259,21 +282,10 @@ def _number(value: Tensor) -> float:
     number = float(value)
     if not torch.isfinite(value):
         raise DataError(
-            f"A value in the proof is {number}: the model overflows in float32 on this text. "
+            f"A value in the proof is {number}: the model overflows on this text. "
             "Skip the proof, or mend the dense model."
         )
     return number
-
-
-def _loaded(
-    make: Callable[[], nn.Module], stored: Callable[[str], Tensor], prefix: str
-) -> nn.Module:
-    """A module of the model with its weights read from under `prefix`, in float32."""
-    with torch.device("meta"):
-        module = make()
-    state = {name: stored(f"{prefix}.{name}").float() for name in module.state_dict()}
-    module.load_state_dict(state, assign=True)
-    return module
 
 
 def _slices(length: int, item_bytes: int) -> list[slice]:

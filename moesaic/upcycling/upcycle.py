@@ -290,7 +290,13 @@ def _config_dtype(folder: Path) -> torch.dtype:
 
 def _prove(path: Path, config: UpcycleConfig) -> dict[str, Any]:
     """Compare both models on text and write proof.json beside the weights."""
-    proof = prove(config.dense, path, text=config.proof_text, tokens=config.proof_tokens)
+    proof = prove(
+        config.dense,
+        path,
+        text=config.proof_text,
+        tokens=config.proof_tokens,
+        dtype=getattr(torch, config.proof_dtype),
+    )
     is_exact = config.init in ("copy", "granular")
     folders = [config.dense, *(folder for folder, _ in config.mixed_folders())]
     proof = {
