@@ -494,3 +494,11 @@ def test_a_full_disk_loses_no_step_at_some_writes(no_logs, start, tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_loses_no_step_at_many_writes(no_logs, start, tmp_path):
     lose_nothing(start, tmp_path, samples=300)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it compiles
+def test_compiling_moves_a_loss_by_rounding_only(start, tmp_path):
+    start("dense", name="plain", steps=3)
+    start("dense", name="compiled", steps=3, compile=True)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
