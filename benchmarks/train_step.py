@@ -14,6 +14,7 @@ Ours is the step that `moesaic train` takes, balance loss and statistics include
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import statistics
@@ -123,6 +124,8 @@ def run_child(what: str, folder: str, steps: str, precision: str = "", experts: 
     """One measurement; its last line on stdout is a JSON object."""
     import torch
 
+    from moesaic.training.memory import reused_memory
+
     torch.set_num_threads(THREADS)
     scratch = Path(folder)
     if what == "build":
@@ -132,8 +135,9 @@ def run_child(what: str, folder: str, steps: str, precision: str = "", experts: 
     else:
         dtype = getattr(torch, precision)
         start = moesaic_step if what == "moesaic" else transformers_step
-        step = start(scratch / "moe", dtype, experts)
-        result = time_steps(step, torch.load(scratch / "tokens.pt"), int(steps))
+        tokens = torch.load(scratch / "tokens.pt")
+        with reused_memory() if what == "moesaic" else contextlib.nullcontext():
+            result = time_steps(start(scratch / "moe", dtype, experts), tokens, int(steps))
     print(json.dumps(result))
 
 
@@ -184,12 +188,10 @@ def moesaic_step(folder: Path, dtype, _experts: str) -> Callable:  # noqa: ANN00
     from moesaic.data.batches import Batch
     from moesaic.model.build import load_model
     from moesaic.moe.config import RoutingConfig
-    from moesaic.moe.native import keep_freed_memory
     from moesaic.training.config import OptimizerConfig
     from moesaic.training.optimizer import build_optimizer, gradient_norm, update
     from moesaic.training.step import accumulate
 
-    keep_freed_memory()
     model = load_model(folder, dtype=dtype)
     model.compute_dtype = torch.bfloat16
     optimizer = build_optimizer(model, OptimizerConfig())
@@ -212,7 +214,9 @@ def transformers_step(folder: Path, dtype, experts: str) -> Callable:  # noqa: A
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, experts_implementation=experts, attn_implementation="sdpa"
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32)
 
     def step(inputs, targets) -> float:  # noqa: ANN001

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -234,26 +231,3 @@ def test_widths_that_the_fused_operation_cannot_do_are_refused_by_name_and_avoid
         grouped_swiglu(x_ND.bfloat16(), counts_E, *weights, implementation="fused")
     y_ND = grouped_swiglu(x_ND.bfloat16(), counts_E, *weights)
     assert type(y_ND.grad_fn).__name__ == "_PaddedSwiGLUBackward"
-
-
-_REUSE = """
-import resource, torch
-from moesaic.moe.native import keep_freed_memory
-
-def faults_of_a_step():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [torch.ones(mebibytes << 18) for mebibytes in (64, 28, 64, 50)]
-    del blocks
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-keep_freed_memory()
-print([faults_of_a_step() for _ in range(12)][-1])
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
-def test_kept_memory_is_reused_without_page_faults():
-    # 206 MiB are some 50,000 faults when mapped anew. The first rounds still lay out the heap.
-    command = [sys.executable, "-c", _REUSE]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1000

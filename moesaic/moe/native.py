@@ -7,8 +7,6 @@ name that holds a hash of the source, the flags and torch's version. Where anyth
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import fcntl
 import functools
 import hashlib
@@ -44,20 +42,6 @@ def available() -> bool:
         logger.info("experts run on torch's operations; the C++ ones cannot be built: %s", reason)
         return False
     return bool(torch.ops.moesaic.swiglu_is_supported())
-
-
-def keep_freed_memory() -> None:
-    """Have this process reuse large freed blocks instead of handing them back to the kernel.
-
-    A training step allocates and frees every weight gradient; glibc would map fresh pages for
-    them each time, and the page faults take up to a tenth of a step on a CPU. Where the C
-    library has no such setting, nothing happens.
-    """
-    # From glibc's malloc.h: M_TRIM_THRESHOLD is -1 and M_MMAP_MAX is -4.
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)
-        mallopt(-4, 0)
 
 
 def _has_bf16_products() -> bool:

@@ -37,11 +37,11 @@ from moesaic.model.build import build_model, load_model, save_model
 from moesaic.model.mlp import MLP
 from moesaic.model.transformer import Transformer
 from moesaic.moe.balance import AdaptiveCoefficient
-from moesaic.moe.native import keep_freed_memory
 from moesaic.moe.statistics import RoutingStatistics
 from moesaic.spec import ModelSpec
 from moesaic.training.config import TrainConfig
 from moesaic.training.identity import changes, check_identity, identity
+from moesaic.training.memory import reused_memory
 from moesaic.training.metrics import (
     Metrics,
     mean,
@@ -95,9 +95,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
             _check_resume(config, state, ours, toml)
         write_text_atomic(run.config, toml)
         write_machine(run, _device(config))
-        job = _Job.set_up(config, spec, state)
-        _run(job, run, folder=folder, facts={"identity": ours}, toml=toml, stop=stop)
-        return _finish(job, run, state=state, identity=ours, stop=stop)
+        with reused_memory():
+            return _train_from(state, config, run, spec=spec, folder=folder, ours=ours, stop=stop)
+
+
+def _train_from(
+    state: TrainingState | None,
+    config: TrainConfig,
+    run: RunFolder,
+    *,
+    spec: ModelSpec,
+    folder: TokenFolder,
+    ours: Mapping[str, Any],
+    stop: _StopRequest,
+) -> dict[str, Any]:
+    """Hold the model and its moments from the first step to the last, and no longer."""
+    job = _Job.set_up(config, spec, state)
+    toml = to_toml(config)
+    _run(job, run, folder=folder, facts={"identity": ours}, toml=toml, stop=stop)
+    return _finish(job, run, state=state, identity=ours, stop=stop)
 
 
 @dataclass
@@ -119,7 +135,6 @@ class _Job:
     @classmethod
     def set_up(cls, config: TrainConfig, spec: ModelSpec, state: TrainingState | None) -> Self:
         device = _device(config)
-        keep_freed_memory()
         if state is None:
             model = load_model(config.model, dtype=torch.float32, device=device)
         else:
