@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -75,3 +76,9 @@ def test_a_line_that_differs_is_seen():
     assert matches(["a", "b", "c"], ["...", "c"])
     assert not matches(["wrote moe"], ["wrote fp8"])
     assert not matches(["a", "b"], ["a"])
+
+
+def test_the_table_of_measurements_is_what_the_benchmarks_kept(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    table = importlib.import_module("table").table()
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
