@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 CONFIG = """\
-model = "moe"
+model = "no such folder/moe"
 run = "runs/first"
 steps = {steps}
 seed = 0
