@@ -202,3 +202,9 @@ def raiser(error):
         raise error
 
     return job
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_the_caller_closed_is_no_fault(closed):
+    command = f"'{sys.executable}' -m moesaic --version {closed}"
+    assert subprocess.run(command, shell=True, capture_output=True).returncode == 0
