@@ -9,6 +9,9 @@ from typing import Literal
 
 from moesaic.errors import ConfigError
 
+LEAST_DIVISOR = 1e-6
+"""Scores divided by less might overflow float32, and infinite ones have no probabilities."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -42,17 +45,20 @@ class SamplingConfig:
     """Stop where one of these texts appears; it is not part of the answer."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature is {self.temperature}. Choose 0 or more.")
+        if not (self.temperature == 0 or LEAST_DIVISOR <= self.temperature < math.inf):
+            raise ConfigError(
+                f"temperature is {self.temperature}. Choose 0, or {LEAST_DIVISOR:g} or more."
+            )
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}. Choose 1 or more, or 0 for all tokens.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}. Choose above 0, at most 1.")
         if not 0 <= self.min_p < 1:
             raise ConfigError(f"min_p is {self.min_p}. Choose 0 or more, below 1.")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+        if not LEAST_DIVISOR <= self.repetition_penalty <= 1 / LEAST_DIVISOR:
             raise ConfigError(
-                f"repetition_penalty is {self.repetition_penalty}. Choose above 0; 1 is off."
+                f"repetition_penalty is {self.repetition_penalty}. Choose from {LEAST_DIVISOR:g} "
+                f"to {1 / LEAST_DIVISOR:g}; 1 is off."
             )
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}. Ask for at least 1.")
