@@ -200,6 +200,8 @@ def _unknown_key(name: str, known: list[str], *, prefix: str, where: str) -> str
 
 
 def _convert(wanted: Any, value: Any, *, key: str, where: str) -> Any:
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where}: {key} is {_show(value)}, but whole numbers have 64 bits.")
     section = _section_of(wanted)
     if section is not None and isinstance(value, Mapping):
         return _build_section(section, value, key=key, where=where)

@@ -208,6 +208,7 @@ JOBS = {
     "a prompt that is empty": Bad(["generate", "moe", ""], "prompt"),
     "a prompt that is too long": Bad(["generate", "moe", "word " * 99], "64"),
     "an impossible top-p": Bad("generate moe hi --temperature 1 --top-p 2", "top_p is 2"),
+    "a seed beyond 64 bits": Bad(f"generate moe hi --temperature 1 --seed {2**70}", "64 bits"),
     "top-k of a greedy choice": Bad("generate moe hi --top-k 3", "temperature 0"),
     "no tokenizer": Bad("generate moe hi", "tokenizer", remove("moe/tokenizer.json")),
     "a broken tokenizer": Bad("generate moe hi", "tokenizer", cut("moe/tokenizer.json", keep=0.5)),

@@ -112,6 +112,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"out": "x", "steps": 1.5},
         "r.toml: steps is 1.5, but must be a whole number.",
     ),
+    "more than TOML can say": (
+        {"out": "x", "steps": 2**63},
+        "r.toml: steps is 9223372036854775808, but whole numbers have 64 bits.",
+    ),
     "true for a whole number": (
         {"out": "x", "steps": True},
         "r.toml: steps is true, but must be a whole number.",
