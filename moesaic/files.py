@@ -49,8 +49,9 @@ class NewFolder:
     ) -> None:
         self.out = Path(out).absolute()
         self._target = Path(out).resolve()
-        self.path = self._target.with_name(f".{self._target.name}.partial")
-        self._replaced = self._target.with_name(f".{self._target.name}.replaced")
+        # Not with_name, which will not have the "/" that is refused on entry.
+        self.path = self._target.parent / f".{self._target.name}.partial"
+        self._replaced = self._target.parent / f".{self._target.name}.replaced"
         self._overwrite = overwrite
         self._inputs = [Path(path).resolve() for path in inputs]
         self._lock = -1

@@ -192,6 +192,7 @@ JOBS = {
     "output taken": Bad("upcycle dense tokens --experts 4", "tokens exists and is not empty"),
     "output is the input": Bad("upcycle dense dense --experts 4 --overwrite", "input"),
     "output below a file": Bad("upcycle dense train.toml/new --experts 4", "train.toml"),
+    "the root as output": Bad("upcycle dense / --experts 4", "current folder"),
     "an MoE already": Bad("upcycle moe new --experts 4", "4 experts already"),
     "a granularity that does not divide": Bad(
         "upcycle dense new --experts 14 --top-k 7 --init granular --granularity 7", "48"
