@@ -150,6 +150,19 @@ class NewFolder:
             shutil.rmtree(self._replaced, ignore_errors=True)
 
 
+def refuse_impossible_file(path: str | Path) -> None:
+    """Say before long work, and not after it, that its result cannot become the file `path`.
+
+    Raises:
+        FolderError: If `path` is a folder or a device, or is to lie where there is none.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise FolderError(f"{path} cannot be written: it is a folder or a device. Name a file.")
+    if not path.parent.is_dir():
+        raise FolderError(f"{path} cannot be written: {path.parent} is no folder. Make it first.")
+
+
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Replace the file `path` by `text` in one step, flushed to the disk.
 
@@ -157,14 +170,16 @@ def write_text_atomic(path: str | Path, text: str) -> None:
         FolderError: If it cannot be written; the file is then as it was before.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    refuse_impossible_file(path)
+    target = path.resolve()  # a link stays one
+    partial = target.with_name(f".{target.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-        _sync(path.parent)
+        partial.replace(target)
+        _sync(target.parent)
     except OSError as error:
         raise _not_written(path, error) from error
     finally:

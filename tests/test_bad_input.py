@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -218,6 +219,13 @@ JOBS = {
         "report run", "metrics.jsonl", put("run/metrics.jsonl", "{broken\n{}\n")
     ),
     "a report into nowhere": Bad("report run --out train.toml/page.html", "train.toml"),
+    "a report into the current folder": Bad("report run --out .", ". cannot be written"),
+    "a report into a pipe": Bad(
+        "report run --out pipe", "pipe cannot be written", lambda root: os.mkfifo(root / "pipe")
+    ),
+    "a result where a folder is": Bad(
+        "evaluate nowhere --data tokens --out texts", "texts cannot be written"
+    ),
     "labels for other models": Bad("evaluate moe --data tokens --labels a --labels b", "2 labels"),
     "no rows at a time": Bad("evaluate moe --data tokens --batch-size 0", "batch_size is 0"),
     "a device that is none": Bad("evaluate moe --data tokens --device tpu", "tpu"),

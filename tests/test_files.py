@@ -176,6 +176,14 @@ def test_an_output_below_a_file_is_one_line(tmp_path):
     assert "was not written" in one_line(error)
 
 
+def test_a_text_written_to_a_link_goes_where_it_points(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "plan.json")
+    write_text_atomic(link, "new")
+    assert link.is_symlink()
+    assert (tmp_path / "plan.json").read_text() == "new"
+
+
 def test_a_full_disk_at_any_write_leaves_a_text_as_it_was_or_new(tmp_path):
     path = tmp_path / "plan.json"
     path.write_text("old")

@@ -238,7 +238,7 @@ def test_a_real_run_is_shown_from_the_files_that_training_wrote(tmp_path: Path) 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=3, layers=0)
-    with pytest.raises(FolderError, match="was not written"):
+    with pytest.raises(FolderError, match="cannot be written"):
         report(ReportConfig(run=run, out=tmp_path / "nowhere" / "page.html"))
 
 

@@ -14,7 +14,7 @@ from moesaic.data.tokenfolder import TokenFolder
 from moesaic.errors import ConfigError, FolderError
 from moesaic.evaluation.config import EvaluateConfig
 from moesaic.evaluation.heldout import HeldoutLoss, heldout_loss
-from moesaic.files import write_text_atomic
+from moesaic.files import refuse_impossible_file, write_text_atomic
 from moesaic.model.build import load_model
 
 
@@ -28,10 +28,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         JSON, and written to `config.out` if that is given.
 
     Raises:
-        FolderError: A folder cannot be read, or a model's loss is not finite.
+        FolderError: A folder cannot be read, `config.out` cannot be written, or a model's loss is
+            not finite.
         DataError: The tokens do not fit a model.
     """
     device = _device(config.device)
+    if config.out is not None:
+        refuse_impossible_file(config.out)
     tokens = TokenFolder(config.data)
     labels = config.labels or tuple(folder.resolve().name for folder in config.models)
     losses: list[HeldoutLoss] = []
