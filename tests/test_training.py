@@ -21,6 +21,8 @@ from moesaic.errors import ConfigError, FolderError, TrainingError
 from moesaic.moe.balance import AdaptiveCoefficient
 from moesaic.moe.config import RoutingConfig
 from moesaic.moe.layer import MoELayer
+from moesaic.quantizing.config import QuantizeConfig
+from moesaic.quantizing.quantize import quantize
 from moesaic.training import train as job
 from moesaic.training.config import (
     CheckpointConfig,
@@ -504,3 +506,10 @@ def test_compiling_moves_a_loss_by_rounding_only(folders, tmp_path):
         run = tmp_path / name
         train(tiny_config(one_layer, folders["tokens"], run, steps=3, compile=is_compiled))
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+def test_training_from_fp8_weights_says_that_it_widens_them(folders, tmp_path, capsys):
+    quantize(QuantizeConfig(model=folders["moe"], out=tmp_path / "fp8"))
+    capsys.readouterr()
+    train(tiny_config(tmp_path / "fp8", folders["tokens"], tmp_path / "run", steps=1))
+    assert "fp8 is FP8: its weights are widened" in capsys.readouterr().err.replace("\n", " ")

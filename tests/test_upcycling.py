@@ -635,3 +635,10 @@ def test_both_budgets_bring_a_verdict(dense):
     summary = upcycle(config_for(dense, dense_tokens=1e12, moe_tokens=1e9))
     assert summary["verdict"]["advice"] == "upcycle"
     assert summary["num_params"] == read_spec(dense.parent / "moe").num_params()
+
+
+def test_more_experts_than_any_disk_holds_are_refused_at_once(dense, tmp_path):
+    config = UpcycleConfig(dense=dense, out=tmp_path / "moe", experts=10**13, prove=False)
+    with pytest.raises(FolderError, match="parameters, a byte each at the least"):
+        upcycle(config)
+    assert not (tmp_path / "moe").exists()

@@ -449,8 +449,8 @@ class WeightWriter:
             raise FolderError(f"{self.path} cannot be written to: {error.strerror}.") from error
         if self._total_bytes > free:
             raise FolderError(
-                f"{self.path.parent} has {free / GIB:.1f} GiB free, but the weights take "
-                f"{self._total_bytes / GIB:.1f} GiB."
+                f"{self.path.parent} has {free:,} bytes free, but the weights take "
+                f"{self._total_bytes:,}. Free some space, or write elsewhere."
             )
 
     def _write_header(self, file: Path, names: list[str], metadata: dict[str, str]) -> None:

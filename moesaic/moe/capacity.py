@@ -21,9 +21,12 @@ from moesaic.moe.config import DropPolicy
 
 
 def expert_capacity(factor: float, *, tokens: int, top_k: int, num_experts: int) -> int:
-    """Copies one expert takes from a group of `tokens`: ceil(factor k T / n)."""
+    """Copies one expert takes from a group of `tokens`: ceil(factor k T / n).
+
+    At least 1, unless the group is empty.
+    """
     # Rounded first, so that floating point does not make 1.1 * 10 need a twelfth place.
-    return math.ceil(round(factor * top_k * tokens / num_experts, 6))
+    return max(min(tokens, 1), math.ceil(round(factor * top_k * tokens / num_experts, 6)))
 
 
 def count_copies(experts_TK: Tensor, *, num_experts: int, groups: int) -> Tensor:

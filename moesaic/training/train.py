@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint.folder import read_spec
+from moesaic.checkpoint.folder import read_config, read_spec
 from moesaic.checkpoint.training_state import (
     TrainingState,
     newest,
@@ -136,6 +136,8 @@ class _Job:
     def set_up(cls, config: TrainConfig, spec: ModelSpec, state: TrainingState | None) -> Self:
         device = _device(config)
         if state is None:
+            if read_config(config.model).get("quantization_config"):
+                note(f"{config.model} is FP8: its weights are widened, and trained in float32.")
             model = load_model(config.model, dtype=torch.float32, device=device)
         else:
             model = build_model(spec, dtype=torch.float32, device=device)

@@ -8,6 +8,7 @@ copied: experts are written straight from the dense file's memory map.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -70,6 +71,7 @@ def upcycle(config: UpcycleConfig) -> dict[str, Any]:
     """
     dense = _dense_spec(config.dense)
     spec = upcycled_spec(dense, config)
+    _refuse_absurd_size(config.out, spec)
     start = time.perf_counter()
     mixed = [folder for folder, _ in config.mixed_folders()]
     with NewFolder(config.out, overwrite=config.overwrite, inputs=[config.dense, *mixed]) as new:
@@ -101,6 +103,17 @@ def _dense_spec(folder: Path) -> ModelSpec:
             f"{folder} is quantised. Upcycle the model it was made from, and quantise the result."
         )
     return spec
+
+
+def _refuse_absurd_size(out: Path, spec: ModelSpec) -> None:
+    """Refuse what no disk here holds, before its billions of tensor names are made."""
+    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
+    total = shutil.disk_usage(parent).total
+    if spec.num_params() > total:
+        raise FolderError(
+            f"The model would have {spec.num_params():,} parameters, a byte each at the least, but "
+            f"the disk of {parent} holds {total:,} bytes. Ask for fewer experts."
+        )
 
 
 def _write_weights(
