@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -208,3 +209,9 @@ def raiser(error):
 def test_a_stream_that_the_caller_closed_is_no_fault(closed):
     command = f"'{sys.executable}' -m moesaic --version {closed}"
     assert subprocess.run(command, shell=True, capture_output=True).returncode == 0
+
+
+def test_flags_that_were_not_typed_pass_where_pydantic_is_loaded(capsys):
+    importlib.import_module("pydantic")  # cyclopts then checks every value it knows of
+    assert run(["train", str(RECIPES / "continue.toml"), "--dry-run"]) == 0
+    assert "steps = 200" in capsys.readouterr().out

@@ -41,9 +41,6 @@ Summary = dict[str, Any]
 ARGUMENTS = Group("Given by position", sort_key=1)
 OPTIONS = Group("Options", sort_key=2)
 
-NOT_GIVEN: Any = type("NotGiven", (), {"__repr__": lambda self: "not given"})()
-"""The default of every flag, so that a recipe's value is overridden only by what was typed."""
-
 
 def verb(
     cls: type[Config],
@@ -70,8 +67,8 @@ def verb(
         flags = {leaf.name.replace(".", "__"): leaf for leaf in leaves(cls)}
 
         def command(*args: Any, **given: Any) -> int:
-            bound = command.__signature__.bind(*args, **given).arguments  # type: ignore[attr-defined]
-            typed = {name: value for name, value in bound.items() if value is not NOT_GIVEN}
+            # Only what was typed: cyclopts leaves defaults to the signature.
+            typed = command.__signature__.bind(*args, **given).arguments  # type: ignore[attr-defined]
             as_json, dry_run = typed.pop("json", False), typed.pop("dry_run", False)
             path = typed.pop("recipe", None)
             values = nest({flags[name]: value for name, value in typed.items()})
@@ -215,6 +212,7 @@ def _parameter(
 ) -> inspect.Parameter:
     by_position = name in positional
     is_required = leaf.default is dataclasses.MISSING
+    must_be_typed = is_required and not recipe
     section = leaf.name.rpartition(".")[0]
     wanted = _flag_type(leaf.type)
     flag = "--" + leaf.name.replace("_", "-")
@@ -229,8 +227,10 @@ def _parameter(
     return inspect.Parameter(
         name,
         inspect.Parameter.POSITIONAL_ONLY if by_position else inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if is_required and not recipe else NOT_GIVEN,
-        annotation=Annotated[wanted, options],
+        # Never the Config's own default, or a recipe's value would seem overridden; and one that
+        # fits the type, since cyclopts checks it wherever some library has imported pydantic.
+        default=inspect.Parameter.empty if must_be_typed else None,
+        annotation=Annotated[wanted if must_be_typed else wanted | None, options],
     )
 
 

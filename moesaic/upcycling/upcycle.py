@@ -107,7 +107,8 @@ def _dense_spec(folder: Path) -> ModelSpec:
 
 def _refuse_absurd_size(out: Path, spec: ModelSpec) -> None:
     """Refuse what no disk here holds, before its billions of tensor names are made."""
-    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
+    out = out.absolute()
+    parent = next(folder for folder in (out, *out.parents) if folder.is_dir())
     total = shutil.disk_usage(parent).total
     if spec.num_params() > total:
         raise FolderError(
