@@ -40,6 +40,10 @@ Implementation = Literal["auto", "loop", "padded", "fused", "grouped_mm"]
 ROW_MULTIPLE = 64
 """Rows of an expert are padded to a multiple of this."""
 
+FLOAT32_ROW_MULTIPLE = 256
+"""The same in float32. With some 200 rows or fewer, MKL on several threads adds a long sum up in
+another order than it does for a dense layer's rows, and equal experts give unequal results."""
+
 FEW_ROWS = 64
 """At most this many rows, and no gradient to keep: touch only the experts that have rows."""
 
@@ -207,7 +211,8 @@ class _PaddedSwiGLU(torch.autograd.Function):
     def forward(
         ctx: Any, x_ND: Tensor, counts: list[int], w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor
     ) -> Tensor:
-        padded = [-(-count // ROW_MULTIPLE) * ROW_MULTIPLE for count in counts]
+        multiple = FLOAT32_ROW_MULTIPLE if x_ND.dtype == torch.float32 else ROW_MULTIPLE
+        padded = [-(-count // multiple) * multiple for count in counts]
         w1, w3, w2 = (w.to(x_ND.dtype) for w in (w1_EFD, w3_EFD, w2_EDF))
         x_PD = _pad(x_ND, counts, padded)
         h1_PF = x_PD.new_empty(x_PD.shape[0], w1.shape[1])
