@@ -41,8 +41,9 @@ ROW_MULTIPLE = 64
 """Rows of an expert are padded to a multiple of this."""
 
 FLOAT32_ROW_MULTIPLE = 256
-"""The same in float32. With some 200 rows or fewer, MKL on several threads adds a long sum up in
-another order than it does for a dense layer's rows, and equal experts give unequal results."""
+"""The same at float32 inference. With some 200 rows or fewer, MKL on several threads adds a long
+sum up in another order than it does for a dense layer's rows, and equal experts give unequal
+results. Training, where nothing is compared to the last bit, keeps the smaller one."""
 
 FEW_ROWS = 64
 """At most this many rows, and no gradient to keep: touch only the experts that have rows."""
@@ -153,7 +154,11 @@ def _torch_grouped_mm() -> Callable[..., Tensor]:
 def _padded(
     x_ND: Tensor, counts_E: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor
 ) -> Tensor:
-    y_ND: Tensor = _PaddedSwiGLU.apply(x_ND, counts_E.tolist(), w1_EFD, w3_EFD, w2_EDF)  # type: ignore[no-untyped-call]
+    exact = x_ND.dtype == torch.float32 and not torch.is_grad_enabled()
+    multiple = FLOAT32_ROW_MULTIPLE if exact else ROW_MULTIPLE
+    y_ND: Tensor = _PaddedSwiGLU.apply(  # type: ignore[no-untyped-call]
+        x_ND, counts_E.tolist(), multiple, w1_EFD, w3_EFD, w2_EDF
+    )
     return y_ND
 
 
@@ -209,9 +214,14 @@ class _PaddedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, counts: list[int], w1_EFD: Tensor, w3_EFD: Tensor, w2_EDF: Tensor
+        ctx: Any,
+        x_ND: Tensor,
+        counts: list[int],
+        multiple: int,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor,
+        w2_EDF: Tensor,
     ) -> Tensor:
-        multiple = FLOAT32_ROW_MULTIPLE if x_ND.dtype == torch.float32 else ROW_MULTIPLE
         padded = [-(-count // multiple) * multiple for count in counts]
         w1, w3, w2 = (w.to(x_ND.dtype) for w in (w1_EFD, w3_EFD, w2_EDF))
         x_PD = _pad(x_ND, counts, padded)
@@ -231,7 +241,7 @@ class _PaddedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_PD, h1_PF, h3_PF, w1, w3, w2 = ctx.saved_tensors
-        needs_x, _, needs_w1, needs_w3, needs_w2 = ctx.needs_input_grad
+        needs_x, _, _, needs_w1, needs_w3, needs_w2 = ctx.needs_input_grad
         dy_PD = _pad(dy_ND, ctx.counts, ctx.padded)
         dx_PD = torch.empty_like(x_PD) if needs_x else None
         dw1, dw3, dw2 = (
@@ -264,7 +274,7 @@ class _PaddedSwiGLU(torch.autograd.Function):
                 torch.mm(dh1_nF, w1[expert], out=dx_PD[rows])
                 dx_PD[rows].addmm_(dh3_nF, w3[expert])
         dx_ND = None if dx_PD is None else _unpad(dx_PD, ctx.counts, ctx.padded)
-        return dx_ND, None, dw1, dw3, dw2
+        return dx_ND, None, None, dw1, dw3, dw2
 
 
 def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
