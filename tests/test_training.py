@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 
@@ -23,6 +24,7 @@ from moesaic.moe.config import RoutingConfig
 from moesaic.moe.layer import MoELayer
 from moesaic.quantizing.config import QuantizeConfig
 from moesaic.quantizing.quantize import quantize
+from moesaic.spec import MoESpec
 from moesaic.training import train as job
 from moesaic.training.config import (
     CheckpointConfig,
@@ -49,6 +51,14 @@ BALANCED = MIXTRAL.replace(
     moe=dataclasses.replace(MIXTRAL.moe, selection_bias=True, gate_norm_scale=1.0),
 )
 
+SMALLEST = TINY["skywork moe"].replace(
+    num_layers=1,
+    tied_embeddings=True,
+    moe=MoESpec(num_experts=2, top_k=1, expert_dim=8, gate_norm_scale=1.0),
+    moe_layers=(0,),
+)
+"""Few tensors, so that a run of it makes few writes."""
+
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
@@ -58,6 +68,7 @@ def folders(tmp_path_factory):
         "moe": tiny_folder(root / "moe", MIXTRAL),
         "skywork": tiny_folder(root / "skywork", TINY["skywork moe"]),
         "balanced": tiny_folder(root / "balanced", BALANCED),
+        "smallest": tiny_folder(root / "smallest", SMALLEST),
         "tokens": tiny_tokens(root / "tokens"),
     }
 
@@ -470,16 +481,14 @@ def no_logs():
 TWO_STEPS = {"steps": 2, "checkpoint": CheckpointConfig(every=1)}
 
 
-def lose_nothing(start, tmp_path, *, samples: int) -> None:
-    """Fill the disk at writes spread over a run, and let it go on: it ends as if it had not."""
+def lose_nothing(start, tmp_path, model, choose) -> None:
+    """Fill the disk at chosen writes of a run, and let it go on: it ends as if it had not."""
     with fault(sys.maxsize) as faults:
-        start("dense", name="whole", **TWO_STEPS)
+        start(model, name="whole", **TWO_STEPS)
     expected = weights_hash(tmp_path / "whole" / "model")
-    # Most writes are small ones inside a checkpoint, each of which test_training_state has in turn.
-    spread = range(1, faults.count, faults.count // samples)
-    for number in (*spread, *range(faults.count - 3, faults.count + 1)):
+    for number in choose(faults.count):
         run = tmp_path / str(number)
-        attempt = functools.partial(start, "dense", name=run.name, **TWO_STEPS)
+        attempt = functools.partial(start, model, name=run.name, **TWO_STEPS)
         with fault(number) as faults:
             failure_of(attempt)
         assert faults.has_struck
@@ -487,15 +496,23 @@ def lose_nothing(start, tmp_path, *, samples: int) -> None:
         attempt()
         assert weights_hash(run / "model") == expected
         assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2]
+        shutil.rmtree(run)
 
 
 def test_a_full_disk_loses_no_step_at_some_writes(no_logs, start, tmp_path):
-    lose_nothing(start, tmp_path, samples=8)
+    # Most writes are small ones inside a checkpoint, each of which test_training_state has in turn.
+    lose_nothing(
+        start,
+        tmp_path,
+        "dense",
+        lambda count: (*range(1, count, count // 8), *range(count - 3, count + 1)),
+    )
 
 
 @pytest.mark.slow
-def test_a_full_disk_loses_no_step_at_many_writes(no_logs, start, tmp_path):
-    lose_nothing(start, tmp_path, samples=300)
+@pytest.mark.parametrize("part", range(8))
+def test_a_full_disk_loses_no_step_at_any_write(no_logs, start, tmp_path, part):
+    lose_nothing(start, tmp_path, "smallest", lambda count: range(1 + part, count + 1, 8))
 
 
 @pytest.mark.slow
