@@ -190,17 +190,19 @@ def moesaic_step(folder: Path, dtype, _experts: str) -> Callable:  # noqa: ANN00
     from moesaic.moe.config import RoutingConfig
     from moesaic.training.config import OptimizerConfig
     from moesaic.training.optimizer import build_optimizer, gradient_norm, update
+    from moesaic.training.sharded import ShardedModel
     from moesaic.training.step import accumulate
 
-    model = load_model(folder, dtype=dtype)
-    model.compute_dtype = torch.bfloat16
-    optimizer = build_optimizer(model, OptimizerConfig())
+    whole = load_model(folder, dtype=dtype)
+    whole.compute_dtype = torch.bfloat16
+    model = ShardedModel.alone(whole)
+    optimizer = build_optimizer(model.parameters, OptimizerConfig())
     coefficients = torch.full((len(model.spec.moe_layers),), 0.01)
 
     def step(inputs, targets) -> float:  # noqa: ANN001
         batch = Batch(inputs, targets, torch.zeros_like(inputs))
         done = accumulate(model, [batch], routing=RoutingConfig(), coefficients_L=coefficients)
-        update(optimizer, norm=gradient_norm(optimizer), clip=1.0)
+        update(optimizer, norm=gradient_norm(model.parameters), clip=1.0)
         return float(done.loss)
 
     return step

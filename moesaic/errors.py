@@ -3,6 +3,7 @@
     MoesaicError
     ├── ConfigError     a flag or a recipe asks for what cannot be
     ├── SpecError       a model's description is unknown or contradicts itself
+    ├── PlanError       a plan that cannot be carried out, or not with this model
     ├── FolderError     a folder or file on disk is missing, damaged, taken, or cannot be written
     ├── DataError       text that cannot become training data
     └── TrainingError   a run that must not go on, such as a loss that is not finite
@@ -26,6 +27,10 @@ class ConfigError(MoesaicError):
 
 class SpecError(MoesaicError):
     """A model's description is unknown or contradicts itself."""
+
+
+class PlanError(MoesaicError):
+    """A plan that cannot be carried out, or not with this model."""
 
 
 class FolderError(MoesaicError):

@@ -68,7 +68,7 @@ class NewFolder:
                 _remove(leftover)
         except OSError as error:
             self._unlock()
-            raise _not_written(self.out, error) from error
+            raise not_written(self.out, error) from error
         return self
 
     def __exit__(
@@ -84,7 +84,7 @@ class NewFolder:
             elif isinstance(error, OSError):
                 raise error
         except OSError as write_error:
-            raise _not_written(self.out, write_error) from write_error
+            raise not_written(self.out, write_error) from write_error
         finally:
             shutil.rmtree(self.path, ignore_errors=True)
             self._unlock()
@@ -181,7 +181,7 @@ def write_text_atomic(path: str | Path, text: str) -> None:
         partial.replace(target)
         _sync(target.parent)
     except OSError as error:
-        raise _not_written(path, error) from error
+        raise not_written(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -225,7 +225,8 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _not_written(out: Path, error: OSError) -> FolderError:
+def not_written(out: Path, error: OSError) -> FolderError:
+    """What to raise when `out` could not be written because of `error`."""
     reason = error.strerror or str(error) or type(error).__name__
     reason = " ".join(reason.split())
     where = f" ({error.filename})" if error.filename else ""

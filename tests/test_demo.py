@@ -55,9 +55,9 @@ def test_the_upcycled_model_is_the_dense_one(first):
 
 
 def test_experts_have_drifted_apart_in_training(out):
-    w1 = load_model(out / "trained" / "model").model.layers[0].block_sparse_moe.experts.w1
+    w1 = load_model(out / "trained" / "model").model.layers["0"].block_sparse_moe.experts.w1
     assert not w1[0].equal(w1[1])
-    w1 = load_model(out / "upcycled").model.layers[0].block_sparse_moe.experts.w1
+    w1 = load_model(out / "upcycled").model.layers["0"].block_sparse_moe.experts.w1
     assert w1[0].equal(w1[1])
 
 

@@ -98,7 +98,7 @@ def test_similarity_streamed_from_a_folder_is_that_of_the_live_model(
     model = load_model(folder)
     live = {
         layer: experts_by_loop(mlp.experts.w1, mlp.experts.w3, mlp.experts.w2)
-        for layer, block in enumerate(model.model.layers)
+        for layer, block in enumerate(model.model.layers.values())
         if (mlp := block.block_sparse_moe) is not None
     }
     assert folder_similarity(folder) == pytest.approx(live, abs=1e-12)

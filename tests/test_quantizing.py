@@ -58,7 +58,7 @@ def before_largest(before: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 def test_per_tensor_w1_and_w3_of_an_expert_share_their_scale(tmp_path, spec):
     model = tiny_model(spec)
     with torch.no_grad():  # make their own scales differ by much
-        model.model.layers[0].block_sparse_moe.experts.w3 *= 5
+        model.model.layers["0"].block_sparse_moe.experts.w3 *= 5
     save_model(model, tmp_path / "m")
     quantize(QuantizeConfig(model=tmp_path / "m", out=tmp_path / "q", scheme="tensor"))
     tensors = load_file(tmp_path / "q" / "model.safetensors")
@@ -130,7 +130,7 @@ def test_quantising_twice_is_refused(tmp_path):
 def test_a_weight_that_is_not_finite_is_refused_and_leaves_nothing(tmp_path):
     model = tiny_model(MIXTRAL)
     with torch.no_grad():
-        model.model.layers[2].block_sparse_moe.experts.w2[3, 0, 0] = math.nan
+        model.model.layers["2"].block_sparse_moe.experts.w2[3, 0, 0] = math.nan
     save_model(model, tmp_path / "m")
     with pytest.raises(FolderError, match=r"layers\.2\..*experts\.3\.w2.* NaN"):
         quantize(QuantizeConfig(model=tmp_path / "m", out=tmp_path / "q"))

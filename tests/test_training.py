@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from moesaic.checkpoint.folder import WeightReader
+from moesaic.checkpoint.pieces import parameter_names
 from moesaic.checkpoint.training_state import newest
 from moesaic.data.batches import Batch, BatchOrder
 from moesaic.data.tokenfolder import TokenFolder
@@ -34,12 +35,13 @@ from moesaic.training.config import (
 )
 from moesaic.training.optimizer import (
     build_optimizer,
-    freeze,
+    frozen_names,
     gradient_norm,
     set_learning_rate,
     update,
 )
 from moesaic.training.schedule import ScheduleConfig
+from moesaic.training.sharded import ShardedModel
 from moesaic.training.step import accumulate, balance
 from moesaic.training.train import train
 from tests.faults import failure_of, fault
@@ -113,8 +115,9 @@ def gradients(spec, batches, **changes):
     model = tiny_model(spec, dtype=torch.float64)
     routing = RoutingConfig(**{"balance_group": "sequence", "z_loss_weight": 0.1, **changes})
     coefficients = torch.full((len(spec.moe_layers),), 0.7, dtype=torch.float64)
-    found = accumulate(model, batches, routing=routing, coefficients_L=coefficients)
-    return found, {name: p.grad for name, p in model.named_parameters()}
+    sharded = ShardedModel.alone(model)
+    found = accumulate(sharded, batches, routing=routing, coefficients_L=coefficients)
+    return found, {name: p.grad for name, p in sharded.parameters.items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "skywork moe", "qwen2_moe"])
@@ -161,7 +164,7 @@ def test_balance_moves_once_from_counts_of_all_micro_batches(folders):
     before = [layer.gate.e_score_correction_bias.clone() for layer in layers]
     coefficient = AdaptiveCoefficient(len(layers))
     routing = RoutingConfig(bias_rate=0.5)
-    balance(model, found.statistics, routing=routing, coefficient=coefficient)
+    balance(ShardedModel.alone(model), found.statistics, routing=routing, coefficient=coefficient)
     for number, (layer, statistics) in enumerate(zip(layers, found.statistics, strict=True)):
         share = statistics.counts_E / statistics.counts_E.sum()
         expected = before[number] + 0.5 * (0.25 - share)
@@ -189,15 +192,16 @@ def test_update_equals_adamw_written_out(clip):
     moment1 = {name: torch.zeros_like(w) for name, w in reference.items()}
     moment2 = {name: torch.zeros_like(w) for name, w in reference.items()}
     config = OptimizerConfig(lr=0.01, clip=clip, expert_lr_multiplier=0.25)
-    optimizer = build_optimizer(model, config)
+    parameters = dict(model.named_parameters())
+    optimizer = build_optimizer(parameters, config)
     for step in range(1, 4):
         model_grads = {n: p.grad for n, p in with_gradients(step).named_parameters()}
         for name, parameter in model.named_parameters():
             parameter.grad = model_grads[name].clone()
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in model_grads.values()))
         set_learning_rate(optimizer, config.lr / step)
-        assert gradient_norm(optimizer) == pytest.approx(norm, rel=1e-6)
-        update(optimizer, norm=gradient_norm(optimizer), clip=clip)
+        assert gradient_norm(parameters) == pytest.approx(norm, rel=1e-6)
+        update(optimizer, norm=gradient_norm(parameters), clip=clip)
         scale = min(1.0, clip / norm) if clip else 1.0
         for name, weight in reference.items():
             lr = config.lr / step * (0.25 if ".experts." in name else 1)
@@ -226,7 +230,7 @@ def test_freezing_stops_exactly_the_named_weights(folders, start, tmp_path):
 )
 def test_freezing_nothing_or_everything_is_refused(patterns, message):
     with pytest.raises(ConfigError, match=message):
-        freeze(tiny_model(MIXTRAL), patterns)
+        frozen_names(parameter_names(MIXTRAL), patterns)
 
 
 # Runs
@@ -414,7 +418,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(start, tmp_path
         count += 1
         found = real(model, *args, **kwargs)
         if count == 4:
-            target = found.loss if bad == "loss" else next(model.parameters()).grad
+            target = found.loss if bad == "loss" else next(iter(model.parameters.values())).grad
             target.view(-1)[0] = math.nan
         return found
 

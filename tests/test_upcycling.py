@@ -402,7 +402,7 @@ def test_the_proof_says_what_two_loaded_models_say(tmp_path, name, monkeypatch, 
     for folder in (dense, noisy):
         model = load_model(folder)
         seen = []
-        for block in model.model.layers:
+        for block in model.model.layers.values():
             block.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output[0]))
         logits.append(model(ids_BS))
         hidden.append(seen)

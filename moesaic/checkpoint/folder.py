@@ -21,7 +21,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,8 +31,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moesaic.checkpoint.names import disk_entries
+from moesaic.checkpoint.names import Entry, disk_entries
 from moesaic.errors import FolderError
+from moesaic.files import NewFolder
 from moesaic.spec import ModelSpec, spec_from_hf, spec_to_hf
 
 WEIGHTS = "model.safetensors"
@@ -563,6 +564,47 @@ def copy_tokenizer(source: Path | str, path: Path | str) -> None:
         except OSError as error:
             raise _not_written(path / name, (source / name).stat().st_size, error) from error
         _flush(path / name)
+
+
+def write_model(
+    out: Path,
+    spec: ModelSpec,
+    tensor_of: Callable[[Entry], Tensor],
+    *,
+    dtype: torch.dtype,
+    buffers: Mapping[str, torch.dtype],
+    like: Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model folder that appears whole or not at all, one tensor at a time.
+
+    Args:
+        out: The folder to make.
+        spec: The model.
+        tensor_of: Gives a tensor of the folder, of any type, on any device.
+        dtype: Of the weights on disk.
+        buffers: Those that keep their own type, such as the selection bias, with that type.
+        like: Folder whose tokenizer files come along; None for none.
+        overwrite: Replace a folder that is there.
+
+    Returns:
+        `out`.
+
+    Raises:
+        FolderError: `out` is taken, or cannot be written.
+    """
+    entries = disk_entries(spec)
+    dtypes = [buffers.get(entry.param, dtype) for entry in entries]
+    plan = [(e.name, kind, e.shape) for e, kind in zip(entries, dtypes, strict=True)]
+    with NewFolder(out, overwrite=overwrite) as new:
+        writer = WeightWriter(new.path, plan)
+        for entry, kind in zip(entries, dtypes, strict=True):
+            writer.write(entry.name, tensor_of(entry).detach().to("cpu", kind))
+        writer.close()
+        write_config(new.path, spec, dtype=str(dtype).removeprefix("torch."))
+        if like is not None:
+            copy_tokenizer(like, new.path)
+    return out
 
 
 def _one_line(error: Exception) -> str:

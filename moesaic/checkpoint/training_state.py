@@ -1,15 +1,17 @@
 """Training states on disk: complete, checked, and never the only copy while a new one is written.
 
-A state is a folder `step-00000010` in torch's distributed checkpoint format (DCP), which can
-be read again with another number of ranks, with `state.json` and `config.toml` beside it:
+A state is a folder `step-00000010` in torch's distributed checkpoint format (DCP), written by any
+number of ranks and read by any other (`blocks`), with `state.json` and `config.toml` beside it:
 
-    .metadata, __0_0.distcp    the tensors, by name
+    .metadata, __R_0.distcp    the tensors, by name; a file from each rank R
     state.json                 what is not a tensor, such as the step
     config.toml                the configuration that ran, every default filled in
     manifest.json              size and SHA-256 of all of these, written last
 
 It is written under a hidden name, flushed and renamed, so that a state either is there as a
-whole or not at all. `newest` reads every byte against the manifest before it believes one.
+whole or not at all. Every rank writes and hashes its own file; rank 0 makes the folder, writes
+the rest and renames. No step begins before all ranks have done the one before, and what fails on
+one fails on all. `newest` reads every byte against the manifest before it believes one.
 """
 
 from __future__ import annotations
@@ -18,22 +20,22 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.storage import WriteResult
 
+from moesaic.checkpoint.blocks import BlockReader, Share
+from moesaic.checkpoint.pieces import Held
 from moesaic.console import note
 from moesaic.errors import FolderError
-from moesaic.files import NewFolder
+from moesaic.files import NewFolder, not_written
+from moesaic.parallel.agreement import all_do, first_does
+from moesaic.parallel.group import ALONE, Group
 
 FORMAT = "moesaic-training-state"
 VERSION = 1
@@ -55,75 +57,171 @@ class TrainingState:
         """Optimizer steps done."""
         return step_of(self.folder)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill `tensors` in place, one after the other.
+    def load(self, tensors: Mapping[str, Held]) -> None:
+        """Fill pieces in place. Every rank reads its own, and waits for no other.
 
         Raises:
             FolderError: A tensor is not in the state, or has another shape there.
         """
-        saved = FileSystemReader(self.folder).read_metadata().state_dict_metadata
-        for name, tensor in tensors.items():
-            size = getattr(saved.get(name), "size", None)
-            if size is None or tuple(size) != tuple(tensor.shape):
-                there = "no such tensor" if size is None else f"shape {tuple(size)}"
-                raise FolderError(
-                    f"{self.folder} has {there} for {name}, which needs shape "
-                    f"{tuple(tensor.shape)}. It belongs to another model; use a new run folder."
-                )
-        try:
-            reader = FileSystemReader(self.folder)
-            with _one_process():
-                state_dict_loader.load(dict(tensors), storage_reader=reader, no_dist=True)
-        except CheckpointException as error:
-            raise FolderError(f"{self.folder} cannot be read: {_cause(error)}.") from error
+        BlockReader(self.folder).read(tensors)
 
 
 def save_state(
     checkpoints: Path,
     step: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Held],
     *,
     facts: Mapping[str, Any],
     config_toml: str,
+    writers: Group = ALONE,
 ) -> Path:
     """Write the state after `step` optimizer steps. No tensor on the CPU is copied.
 
     Args:
-        checkpoints: Folder that holds the states of a run.
+        checkpoints: Folder that holds the states of a run, and that all ranks see.
         step: Optimizer steps done.
-        tensors: Everything that training changes, by name.
-        facts: What is not a tensor, fit for JSON.
-        config_toml: The configuration, every default filled in.
+        tensors: Everything that training changes, by name: the pieces that this rank holds.
+            All of a tensor must be on some rank; what several hold is written once.
+        facts: What is not a tensor, fit for JSON. Those of rank 0 are kept.
+        config_toml: The configuration, every default filled in. That of rank 0 is kept.
+        writers: All ranks; each calls this.
 
     Returns:
         The state's folder.
 
     Raises:
-        FolderError: It could not be written. Earlier states are as they were.
+        FolderError: It could not be written, on whichever rank; every rank raises it. Earlier
+            states are as they were.
     """
+    share = Share.of(tensors, writers)
+    return write_share(
+        checkpoints, step, share, facts=facts, config_toml=config_toml, writers=writers
+    )
+
+
+def write_share(
+    checkpoints: Path,
+    step: int,
+    share: Share,
+    *,
+    facts: Mapping[str, Any],
+    config_toml: str,
+    writers: Group,
+) -> Path:
+    """The second half of `save_state`, once it is clear what each rank writes."""
     folder = checkpoints / f"step-{step:08d}"
-    with NewFolder(folder, overwrite=True) as new:
-        # One writing thread: with more, torch loses the errors of all but the first.
-        writer = FileSystemWriter(new.path, thread_count=1, sync_files=True)
-        try:
-            with _one_process():
-                state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=True)
-        except CheckpointException as error:
-            raise _cause(error) from error
-        (new.path / "state.json").write_text(json.dumps(dict(facts), indent=1))
-        (new.path / "config.toml").write_text(config_toml, encoding="utf-8")
-        (new.path / "manifest.json").write_text(json.dumps(_manifest(new.path), indent=1))
+    with _failing(folder), _hidden(folder, writers) as path:
+        mine = all_do(writers, lambda: _write_blocks(folder, path, share, writers))
+        theirs = writers.objects(mine)
+        first_does(writers, lambda: _write_rest(folder, path, share, theirs, facts, config_toml))
     return folder
 
 
-def newest(checkpoints: Path) -> TrainingState | None:
+@contextmanager
+def _hidden(folder: Path, writers: Group) -> Iterator[Path]:
+    """A `NewFolder` for all ranks: rank 0 makes it and renames it, the others know of both."""
+    new = NewFolder(folder, overwrite=True)
+    with ExitStack() as stack:
+
+        def make() -> None:
+            stack.enter_context(new)
+
+        first_does(writers, make)
+        yield new.path
+        first_does(writers, stack.close)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What one rank did."""
+
+    results: list[WriteResult]
+    files: dict[str, Any]
+    """For the manifest."""
+
+
+def _write_blocks(folder: Path, path: Path, share: Share, writers: Group) -> _Written:
+    with _failing(folder):
+        if not path.is_dir():
+            raise FolderError(
+                f"Rank {writers.rank} does not see {path}, which rank 0 has made. "
+                f"Put the run folder where every rank sees it."
+            )
+        results = share.write(path)
+        # The ranks of one machine hash at the same time.
+        threads = max(1, (os.cpu_count() or 1) // writers.size)
+        return _Written(results, _files(path, f"__{writers.rank}_*.distcp", threads=threads))
+
+
+def _write_rest(
+    folder: Path,
+    path: Path,
+    share: Share,
+    written: list[_Written],
+    facts: Mapping[str, Any],
+    config_toml: str,
+) -> None:
+    with _failing(folder):
+        files = {name: file for of_rank in written for name, file in of_rank.files.items()}
+        for name, file in files.items():
+            if not (path / name).exists() or (path / name).stat().st_size != file["bytes"]:
+                raise FolderError(
+                    f"Rank 0 does not see all of {path / name}, which another rank has written. "
+                    f"Put the run folder where every rank sees it."
+                )
+        share.finish(path, [of_rank.results for of_rank in written])
+        (path / "state.json").write_text(json.dumps(dict(facts), indent=1))
+        (path / "config.toml").write_text(config_toml, encoding="utf-8")
+        for name in (".metadata", "state.json", "config.toml"):
+            files |= _files(path, name)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "piece_bytes": PIECE_BYTES,
+            "files": dict(sorted(files.items())),
+        }
+        (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+@contextmanager
+def _failing(folder: Path) -> Iterator[None]:
+    """Make what can go wrong while `folder` is written an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise not_written(folder, error) from error
+    except RuntimeError as error:
+        # Neither torch's zip writer nor a group that has lost a rank raises anything narrower.
+        behind = _os_error_behind(error)
+        if behind is not None:
+            raise not_written(folder, behind) from error
+        reason = str(error).strip().partition("\n")[0]
+        raise FolderError(f"{folder} was not written: {reason}.") from error
+
+
+def _os_error_behind(error: BaseException | None) -> OSError | None:
+    # On its way out of a failed write, torch's zip writer fails once more in words of its own.
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def newest(checkpoints: Path, group: Group = ALONE) -> TrainingState | None:
     """The newest state that is complete and undamaged; None if there is none at all.
 
     Each damaged one that is passed over is named on stderr.
 
+    Args:
+        checkpoints: Folder that holds the states of a run.
+        group: Ranks that all call this. Rank 0 looks, and tells the others.
+
     Raises:
         FolderError: There are states, but every one is damaged.
     """
+    return first_does(group, lambda: _newest(checkpoints))
+
+
+def _newest(checkpoints: Path) -> TrainingState | None:
     folders = _folders(checkpoints)
     for folder in reversed(folders):
         fault = damage(folder)
@@ -193,15 +291,15 @@ def _folders(checkpoints: Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir()), key=step_of)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _hash_pieces(path)}
-        for path in sorted(folder.iterdir())
+def _files(folder: Path, pattern: str, *, threads: int | None = None) -> dict[str, Any]:
+    """What a manifest says of some files."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": _hash_pieces(path, threads=threads)}
+        for path in folder.glob(pattern)
     }
-    return {"format": FORMAT, "version": VERSION, "piece_bytes": PIECE_BYTES, "files": files}
 
 
-def _hash_pieces(path: Path) -> list[str]:
+def _hash_pieces(path: Path, *, threads: int | None = None) -> list[str]:
     def digest(start: int) -> str:
         with path.open("rb") as file:
             file.seek(start)
@@ -213,23 +311,5 @@ def _hash_pieces(path: Path) -> list[str]:
             return piece.hexdigest()
 
     starts = range(0, path.stat().st_size, PIECE_BYTES)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=threads or os.cpu_count()) as pool:
         return list(pool.map(digest, starts))
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # torch remarks on `no_dist=True` that it was right to ask for it.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _cause(error: CheckpointException) -> BaseException:
-    """What went wrong inside torch, whose own exception would pass by every `except`."""
-    first = next((cause for cause, _ in error.failures.values()), error)
-    # On its way out of a failed write, torch's zip writer fails once more in words of its own.
-    behind: BaseException | None = first
-    while behind is not None and not isinstance(behind, OSError):
-        behind = behind.__cause__ or behind.__context__
-    return behind or first

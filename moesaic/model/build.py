@@ -7,6 +7,7 @@ Experts are stacked in memory, one tensor for a layer, and lie one by one on dis
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from moesaic.checkpoint.folder import (
     write_config,
 )
 from moesaic.checkpoint.names import Entry, disk_entries
+from moesaic.checkpoint.pieces import Held, pieces
 from moesaic.files import NewFolder
 from moesaic.model.transformer import Transformer
 from moesaic.quantization.reader import WideReader
@@ -33,6 +35,11 @@ def build_model(
     """A model of this spec whose weights are allocated but not set."""
     with torch.device("meta"):
         model = Transformer(spec)
+    return allocate(model, dtype=dtype, device=device)
+
+
+def allocate(model: Transformer, *, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+    """Give a model or stage that was made on the meta device memory of its own, not yet set."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=dtype, device=device)
@@ -91,9 +98,31 @@ def load_model(
         check_complete(reader, spec)
         model = build_model(spec, dtype=dtype, device=device)
         state = model.state_dict()
-        for entry in disk_entries(spec):
-            _place(state, entry).copy_(read_finite(reader, entry.name))
+        all_of_it = pieces(spec, model.shard, model.units)
+        read_pieces({k: Held(v, all_of_it[k]) for k, v in state.items()}, reader, spec)
     return model.eval()
+
+
+@torch.no_grad()
+def read_pieces(held: Mapping[str, Held], reader: WideReader, spec: ModelSpec) -> None:
+    """Fill tensors, or a rank's pieces of them, from a folder that `check_complete` passed.
+
+    Raises:
+        FolderError: A tensor cannot be read, or is not finite.
+    """
+    for entry in disk_entries(spec):
+        if entry.param not in held:
+            continue
+        tensor, piece = held[entry.param]
+        if entry.expert is None:
+            place, slices = tensor, piece.slices
+        else:
+            number = piece.part_of(0, entry.expert)
+            if number is None:
+                continue
+            place, slices = tensor[number], piece.slices[1:]
+        if place.numel():
+            place.copy_(read_finite(reader, entry.name)[slices])
 
 
 def save_model(

@@ -1,4 +1,4 @@
-"""A linear layer whose weight may be wider than the activations.
+"""Linear layers whose weight may be wider than the activations, and cut over ranks.
 
 Training keeps float32 weights and bfloat16 activations. The weight is rounded where it is
 used and its gradient comes back in its own dtype, so no autocast and no second copy of the
@@ -10,6 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moesaic.parallel.collectives import scatter_sum
+from moesaic.parallel.group import Group
+from moesaic.planning.split import Split
 
 
 class Linear(nn.Module):
@@ -23,3 +27,13 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class SummedLinear(Linear):
+    """The same where ranks hold columns of W: their products are added up, then comes b."""
+
+    def forward(self, x_BSI: Tensor, parts: Split, group: Group) -> Tensor:  # type: ignore[override]
+        """Returns this rank's part of the positions, (B, s, out)."""
+        product_BSO = F.linear(x_BSI, self.weight.to(x_BSI.dtype))
+        y_BsO = scatter_sum(product_BSO, parts, group, dim=1)
+        return y_BsO if self.bias is None else y_BsO + self.bias.to(y_BsO.dtype)

@@ -79,7 +79,15 @@ def combine(y_ND: Tensor, gates_TK: Tensor, plan: Dispatch) -> Tensor:
     return y_TD
 
 
-def _sum_copies(rows_ND: Tensor, gates_TK: Tensor | None, plan: Dispatch) -> Tensor:
+def add_copies(y_ND: Tensor, plan: Dispatch) -> Tensor:
+    """Sum each token's copies as they are, (N, D) -> (T, D), at least in float32."""
+    y_TD: Tensor = _AddCopies.apply(y_ND, plan)  # type: ignore[no-untyped-call]
+    return y_TD
+
+
+def _sum_copies(
+    rows_ND: Tensor, gates_TK: Tensor | None, plan: Dispatch, *, is_wide: bool = False
+) -> Tensor:
     # One copy at a time: K is small, and a (T, K, D) tensor would be the largest one here.
     total_TD: Tensor | None = None
     if rows_ND.shape[0] == 0:
@@ -88,6 +96,8 @@ def _sum_copies(rows_ND: Tensor, gates_TK: Tensor | None, plan: Dispatch) -> Ten
         part_TD = rows_ND[plan.rows_TK[:, k]]
         if gates_TK is not None:
             part_TD = part_TD * gates_TK[:, k, None]
+        elif is_wide:
+            part_TD = part_TD.to(torch.promote_types(part_TD.dtype, torch.float32))
         if plan.keep_TK is not None:
             part_TD = part_TD.where(plan.keep_TK[:, k, None], 0.0)
         total_TD = part_TD if total_TD is None else total_TD + part_TD
@@ -104,6 +114,17 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
         return _sum_copies(grad_ND, None, ctx.plan), None
+
+
+class _AddCopies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, plan: Dispatch) -> Tensor:
+        ctx.plan = plan
+        return _sum_copies(y_ND, None, plan, is_wide=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
+        return grad_TD[ctx.plan.tokens_N], None
 
 
 class _Combine(torch.autograd.Function):

@@ -68,6 +68,8 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Run each row through its expert, (N, D) -> (N, D)."""
+        if self.w1.shape[0] == 0:  # a rank may hold none, and then no row is for it
+            return x_ND.clone()
         return grouped_swiglu(
             x_ND, counts_E, self.w1, self.w3, self.w2, implementation=self.implementation
         )
@@ -119,7 +121,7 @@ def _fits_fused(x_ND: Tensor, *weights: Tensor) -> bool:
         and x_ND.dtype == torch.bfloat16
         and len(dtypes) == 1
         and dtypes <= {torch.float32, torch.bfloat16}
-        and all(size % 32 == 0 for size in weights[0].shape[1:])
+        and all(size > 0 and size % 32 == 0 for size in weights[0].shape[1:])
         and all(w.is_contiguous() for w in weights)
     )
 

@@ -6,9 +6,14 @@ In training the layer is handed a `RoutingStep`: it then applies the capacity, a
 gradient through `inject`, and returns statistics. Without one it is inference: dropless, no loss,
 nothing counted.
 
+Where positions are cut over ranks, every rank gets the logits of all of them (few numbers a
+token beside its activations) and chooses, counts and drops alike, so that these never depend on
+the layout. Each then sends its own tokens to their experts.
+
 Shapes.
-    B sequences     S positions     T = B * S tokens     D model width
-    E experts     K experts per token     N copies that are computed
+    B sequences     S positions, s of them this rank's     D model width
+    T = B * S tokens     t = B * s of them     E experts     K experts per token
+    R rows that arrive     J experts each names     N copies that are computed here
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from moesaic.moe.capacity import (
     count_copies,
@@ -27,6 +33,7 @@ from moesaic.moe.capacity import (
 )
 from moesaic.moe.config import RoutingConfig
 from moesaic.moe.dispatch import combine, gather, plan_dispatch
+from moesaic.moe.exchange import NOWHERE, Exchange
 from moesaic.moe.experts import Experts, Implementation
 from moesaic.moe.losses import (
     inject,
@@ -36,6 +43,10 @@ from moesaic.moe.losses import (
 )
 from moesaic.moe.router import Router, RouterOutput, sum_to_one
 from moesaic.moe.statistics import RoutingStatistics, measure_routing
+from moesaic.parallel import collectives
+from moesaic.parallel.group import ALONE, Group, Groups
+from moesaic.planning.layout import Shard
+from moesaic.planning.split import Split
 from moesaic.spec import MoESpec
 
 
@@ -53,74 +64,142 @@ class RoutingStep:
 
 
 class SharedExpert(nn.Module):
-    """A SwiGLU expert that every token visits, without biases."""
+    """A SwiGLU expert that every token visits, without biases.
 
-    def __init__(self, hidden_dim: int, expert_dim: int) -> None:
+    Args:
+        hidden_dim: Model width.
+        expert_dim: Columns that this rank holds.
+        group: Ranks that hold the others.
+    """
+
+    def __init__(self, hidden_dim: int, expert_dim: int, group: Group = ALONE) -> None:
         super().__init__()
+        self.group = group
         self.gate_proj = nn.Linear(hidden_dim, expert_dim, bias=False)
         self.up_proj = nn.Linear(hidden_dim, expert_dim, bias=False)
         self.down_proj = nn.Linear(expert_dim, hidden_dim, bias=False)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_BsD: Tensor, parts: Split) -> Tensor:
+        """(B, s, D) -> (B, s, D)."""
+        x_BSD = collectives.gather(x_BsD, parts, self.group, dim=1)
         gate, up, down = (
-            linear.weight.to(x_TD.dtype)
+            linear.weight.to(x_BSD.dtype)
             for linear in (self.gate_proj, self.up_proj, self.down_proj)
         )
-        h_TF = functional.silu(functional.linear(x_TD, gate)) * functional.linear(x_TD, up)
-        return functional.linear(h_TF, down)
+        h_BSF = functional.silu(functional.linear(x_BSD, gate)) * functional.linear(x_BSD, up)
+        y_BSD = functional.linear(h_BSF, down)
+        return collectives.scatter_sum(y_BSD, parts, self.group, dim=1)
 
 
 class MoELayer(nn.Module):
-    """The feed-forward network of an MoE layer. Parameter names are those of Mixtral."""
+    """The feed-forward network of an MoE layer. Parameter names are those of Mixtral.
+
+    Args:
+        spec: The mixture.
+        hidden_dim: Model width.
+        implementation: How the experts are computed.
+        shard: What this rank holds of it; None: everything.
+        groups: Ranks that hold the rest.
+    """
 
     def __init__(
-        self, spec: MoESpec, hidden_dim: int, *, implementation: Implementation = "auto"
+        self,
+        spec: MoESpec,
+        hidden_dim: int,
+        *,
+        implementation: Implementation = "auto",
+        shard: Shard | None = None,
+        groups: Groups | None = None,
     ) -> None:
         super().__init__()
+        groups = groups or Groups()
+        experts, columns, shared = (
+            (spec.num_experts, spec.expert_dim, spec.shared_expert_dim)
+            if shard is None
+            else (
+                end - start
+                for start, end in (shard.experts, shard.expert_columns, shard.shared_ffn)
+            )
+        )
         self.spec = spec
+        self.tp = groups.tp
         self.gate = Router(spec, hidden_dim)
         self.experts = Experts(
-            spec.num_experts,
-            hidden_dim,
-            expert_dim=spec.expert_dim,
-            implementation=implementation,
+            experts, hidden_dim, expert_dim=columns, implementation=implementation
         )
+        self.exchange = Exchange(
+            Split.from_counts([experts]) if shard is None else shard.expert_split,
+            ep=groups.ep,
+            etp=groups.etp,
+            dispatch="all_to_all" if shard is None else shard.dispatch,
+            deduplicate=shard is None or shard.deduplicate,
+        )
+        self.rows = 0
+        """Rows that the experts here were given since this was last set to 0."""
         self.shared_expert: SharedExpert | None = None
         self.shared_expert_gate: nn.Linear | None = None
         if spec.shared_expert_dim:
-            self.shared_expert = SharedExpert(hidden_dim, spec.shared_expert_dim)
+            self.shared_expert = SharedExpert(hidden_dim, shared, groups.tp)
             self.shared_expert_gate = nn.Linear(hidden_dim, 1, bias=False)
 
     def forward(
-        self, x_BSD: Tensor, routing: RoutingStep | None = None
+        self,
+        x_BsD: Tensor,
+        routing: RoutingStep | None = None,
+        parts: Split | None = None,
+        *,
+        recompute: bool = False,
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """Compute the layer.
 
         Args:
-            x_BSD: Normalised hidden states, (B, S, D).
+            x_BsD: Normalised hidden states of this rank's positions, (B, s, D).
             routing: This training step; None for inference.
+            parts: Which of the S positions are which rank's; None: all are this one's.
+            recompute: Compute the inside of the experts again in the backward pass.
 
         Returns:
-            y_BSD: What the residual adds, in x_BSD's dtype, (B, S, D).
-            statistics: How this batch was routed; None for inference.
+            y_BsD: What the residual adds, in x_BsD's dtype, (B, s, D).
+            statistics: How this batch was routed, all of its S positions; None for inference.
         """
-        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        routed = self.gate(x_TD)
+        batch, _, width = x_BsD.shape
+        parts = Split.from_counts([x_BsD.shape[1]]) if parts is None else parts
+        logits_BSE = collectives.gather_same(self.gate.score(x_BsD), parts, self.tp, dim=1)
+        routed = self.gate.choose(logits_BSE.flatten(0, 1))
         gates_TK, keep_TK, statistics = routed.gates_TK, None, None
         if routing is not None:
-            gates_TK, keep_TK, statistics = self._train_routing(
-                routed, routing, sequences=x_BSD.shape[0]
-            )
-        elif self.spec.renormalize and x_TD.dtype == torch.float32:
+            gates_TK, keep_TK, statistics = self._train_routing(routed, routing, sequences=batch)
+        elif self.spec.renormalize and x_BsD.dtype == torch.float32:
             gates_TK = sum_to_one(gates_TK)
-        plan = plan_dispatch(routed.experts_TK, num_experts=self.spec.num_experts, keep_TK=keep_TK)
-        y_ND = self.experts(gather(x_TD, plan), plan.counts_E)
-        y_TD = combine(y_ND, gates_TK, plan)
+        arrived = self.exchange.send(
+            x_BsD.reshape(-1, width),
+            self._own(routed.experts_TK, batch, parts),
+            self._own(gates_TK, batch, parts),
+            keep_TK=None if keep_TK is None else self._own(keep_TK, batch, parts),
+        )
+        plan = plan_dispatch(
+            arrived.experts_RJ,
+            num_experts=self.experts.w1.shape[0],
+            keep_TK=None if arrived.is_all_here else arrived.experts_RJ != NOWHERE,
+        )
+        rows_ND = gather(arrived.x_RD, plan)
+        self.rows += rows_ND.shape[0]
+        if recompute:
+            y_ND = checkpoint(self.experts, rows_ND, plan.counts_E, use_reentrant=False)
+        else:
+            y_ND = self.experts(rows_ND, plan.counts_E)
+        y_RD = combine(y_ND, arrived.gates_RJ, plan)
+        y_BsD = self.exchange.bring_back(y_RD, arrived.way_back).view(x_BsD.shape)
         if self.shared_expert is not None and self.shared_expert_gate is not None:
-            gate_weight_1D = self.shared_expert_gate.weight.to(x_TD.dtype)
-            gate_T1 = functional.linear(x_TD, gate_weight_1D).sigmoid()
-            y_TD = y_TD + gate_T1 * self.shared_expert(x_TD)
-        return y_TD.view(x_BSD.shape), statistics
+            gate_weight_1D = self.shared_expert_gate.weight.to(x_BsD.dtype)
+            gate_Bs1 = functional.linear(x_BsD, gate_weight_1D).sigmoid()
+            y_BsD = y_BsD + gate_Bs1 * self.shared_expert(x_BsD, parts)
+        return y_BsD, statistics
+
+    def _own(self, of_all_TK: Tensor, batch: int, parts: Split) -> Tensor:
+        """What is said of this rank's tokens, (T, K) -> (t, K)."""
+        of_all_BSK = of_all_TK.unflatten(0, (batch, -1))
+        return collectives.own_part(of_all_BSK, parts, self.tp, dim=1).flatten(0, 1)
 
     def _train_routing(
         self, routed: RouterOutput, routing: RoutingStep, *, sequences: int

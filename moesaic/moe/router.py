@@ -84,10 +84,17 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> RouterOutput:
         """Choose `top_k` experts for each token of x_TD, (T, D)."""
-        spec = self.spec
+        return self.choose(self.score(x_TD))
+
+    def score(self, x_TD: Tensor) -> Tensor:
+        """Raw logits, (..., E), at least float32, of x, (..., D)."""
         # At least float32: bfloat16 rounds near-ties to exact ties, which topk breaks arbitrarily.
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = nn.functional.linear(x_TD.to(dtype), self.weight.to(dtype))
+        return nn.functional.linear(x_TD.to(dtype), self.weight.to(dtype))
+
+    def choose(self, logits_TE: Tensor) -> RouterOutput:
+        """Choose `top_k` experts for each token from its raw logits, (T, E)."""
+        spec = self.spec
         scores_TE = logits_TE
         if spec.gate_norm_scale is not None:
             scores_TE = normalise_logits(logits_TE, spec.gate_norm_scale, spec.gate_norm_eps)
@@ -101,6 +108,6 @@ class Router(nn.Module):
             gates_TK = probs_TE.gather(-1, experts_TK)
         if spec.renormalize:
             # An expert chosen for its bias may have a probability that is 0 in floating point.
-            tiny = torch.finfo(dtype).tiny
+            tiny = torch.finfo(gates_TK.dtype).tiny
             gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True).clamp_min(tiny)
         return RouterOutput(logits_TE, probs_TE, gates_TK, experts_TK)

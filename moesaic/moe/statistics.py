@@ -61,6 +61,38 @@ class RoutingStatistics:
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         return RoutingStatistics(**sums)
 
+    def to_tensor(self) -> Tensor:
+        """All sums one after the other, float64, to be added over ranks."""
+        parts = (getattr(self, f.name) for f in fields(self))
+        device = self.counts_E.device
+        return torch.cat(
+            [
+                torch.as_tensor(part, dtype=torch.float64, device=device).reshape(-1)
+                for part in parts
+            ]
+        )
+
+    @classmethod
+    def from_tensor(cls, sums: Tensor, *, num_experts: int) -> RoutingStatistics:
+        """What `to_tensor` gave, or a sum of such."""
+        sizes = {"counts_E": num_experts, "gates_E": num_experts}
+        sizes |= {"ratios_2": 2, "ratio_tokens_2": 2}
+        parts = sums.split([sizes.get(f.name, 1) for f in fields(cls)])
+        found: dict[str, Any] = {}
+        for field, part in zip(fields(cls), parts, strict=True):
+            if field.name in ("batches", "tokens", "copies"):
+                found[field.name] = int(part)
+            elif field.name in ("counts_E", "dropped", "would_drop", "ratio_tokens_2"):
+                found[field.name] = part.long().squeeze(0) if len(part) == 1 else part.long()
+            else:
+                found[field.name] = part.squeeze(0) if len(part) == 1 else part
+        return cls(**found)
+
+    @staticmethod
+    def width(num_experts: int) -> int:
+        """Length of `to_tensor`."""
+        return 2 * num_experts + 12
+
     @property
     def drop_rate(self) -> float:
         """Share of copies that were dropped."""

@@ -14,6 +14,7 @@ from typing import Literal
 
 from moesaic.errors import ConfigError
 from moesaic.moe.config import RoutingConfig
+from moesaic.parallel.config import LaunchConfig
 from moesaic.training.schedule import ScheduleConfig
 
 
@@ -91,6 +92,10 @@ class CheckpointConfig:
     keep: int = 2
     """Checkpoints that stay; older ones are deleted after a new one is complete. Ours."""
 
+    in_background: bool = False
+    """Go on training while a checkpoint is written. It takes a copy of what is written in memory:
+    three times the float32 weights, divided by the ranks."""
+
     def __post_init__(self) -> None:
         _at_least("checkpoint.every", self.every, 0)
         _at_least("checkpoint.keep", self.keep, 1)
@@ -163,6 +168,12 @@ class TrainConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
+
+    plan: Path | None = None
+    """Layout over ranks, a plan.json as docs/plan.md specifies it; None: one rank."""
+
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """How long ranks wait for each other. Without meaning for one rank."""
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """How often a run can be resumed from."""

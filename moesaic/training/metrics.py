@@ -25,12 +25,10 @@ import torch
 
 from moesaic.console import is_quiet, note, progress
 from moesaic.errors import FolderError
-from moesaic.evaluation.similarity import expert_similarity
 from moesaic.files import write_text_atomic
-from moesaic.model.transformer import Transformer
-from moesaic.moe.layer import MoELayer
 from moesaic.moe.statistics import RoutingStatistics
-from moesaic.training.config import MetricsConfig
+from moesaic.spec import ModelSpec
+from moesaic.training.config import MetricsConfig, TrainConfig
 from moesaic.training.run_folder import JsonLines, RunFolder
 from moesaic.version import __version__
 
@@ -60,6 +58,9 @@ class Metrics:
         self._metrics = JsonLines(run.metrics, last_step=last_step)
         self._routing = JsonLines(run.routing, last_step=last_step)
         self._similarity = JsonLines(run.similarity, last_step=last_step)
+        # Made only where there is something to tell, or something to cut back.
+        self._ranks_path, self._last_step = run.ranks, last_step
+        self._ranks = self._open_ranks() if run.ranks.exists() else None
         self._events = Events(run.tensorboard, last_step) if config.tensorboard else None
         self._display = progress()
         self._display.start()
@@ -94,30 +95,37 @@ class Metrics:
         self._routing.add({"step": step, "layers": self._layers, **line})
         self._event_by_layer(step, {key: line[key] for key in line if key != "load"})
 
-    def wants_similarity(self, step: int) -> bool:
-        """Whether expert similarity is measured after this step: at intervals and at the end."""
-        every = self._config.similarity_every
-        return bool(self._layers) and every > 0 and (step % every == 0 or step == self._steps)
-
-    def add_similarity(self, step: int, model: Transformer) -> None:
-        """Measure how alike the experts of each MoE layer are after `step` steps."""
-        experts = [m.experts for m in model.modules() if isinstance(m, MoELayer)]
-        similarity = [expert_similarity(e.w1, e.w3, e.w2) for e in experts]
-        self._similarity.add({"step": step, "layers": self._layers, "similarity": similarity})
+    def add_similarity(self, step: int, similarity: Sequence[float]) -> None:
+        """Tell how alike the experts of each MoE layer are after `step` steps."""
+        line = {"step": step, "layers": self._layers, "similarity": list(similarity)}
+        self._similarity.add(line)
         self._event_by_layer(step, {"similarity": similarity})
+
+    def add_ranks(self, line: Mapping[str, Any]) -> None:
+        """Tell what each rank did in a step."""
+        if self._ranks is None:
+            self._ranks = self._open_ranks()
+        self._ranks.add(line)
+
+    def _open_ranks(self) -> JsonLines:
+        return JsonLines(self._ranks_path, last_step=self._last_step)
 
     def sync(self) -> None:
         """Make everything told so far survive a power cut."""
-        for lines in (self._metrics, self._routing, self._similarity):
+        for lines in self._lines():
             lines.sync()
 
     def close(self) -> None:
         """Nothing more to tell."""
         self._display.stop()
-        for lines in (self._metrics, self._routing, self._similarity):
+        for lines in self._lines():
             lines.close()
         if self._events is not None:
             self._events.close()
+
+    def _lines(self) -> list[JsonLines]:
+        found = [self._metrics, self._routing, self._similarity, self._ranks]
+        return [lines for lines in found if lines is not None]
 
     def _event(self, step: int, scalars: Mapping[str, float | None]) -> None:
         if self._events is not None:
@@ -132,6 +140,12 @@ class Metrics:
                 for layer, value in zip(self._layers, of_layers, strict=True)
             },
         )
+
+
+def wants_similarity(config: TrainConfig, spec: ModelSpec, step: int) -> bool:
+    """Whether expert similarity is measured after this step: at intervals and at the end."""
+    every = config.metrics.similarity_every
+    return bool(spec.moe_layers) and every > 0 and (step % every == 0 or step == config.steps)
 
 
 class Events:

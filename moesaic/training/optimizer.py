@@ -7,33 +7,32 @@ gradient by a number as it reads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from moesaic.checkpoint.pieces import SCALAR, Held
 from moesaic.errors import ConfigError
+from moesaic.parallel.group import ALONE, Group
 from moesaic.training.config import OptimizerConfig
 
 NORM_PIECE = 2**18
 """Values of a gradient whose squares are summed at once."""
 
 
-def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Stop gradients of every parameter whose name matches one of the patterns.
+def frozen_names(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Those of the whole model's parameters that match one of the patterns.
 
     Args:
-        model: Its other parameters are made to take part.
+        names: Of every parameter, over all ranks.
         patterns: Shell-style, as in `*.self_attn.*`, over whole parameter names.
-
-    Returns:
-        Names of the frozen parameters.
 
     Raises:
         ConfigError: A pattern matches nothing, or nothing is left to train.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
@@ -43,30 +42,34 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     frozen = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
     if len(frozen) == len(names):
         raise ConfigError("freeze matches every parameter, so nothing is left to train.")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
     return frozen
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig
+) -> torch.optim.AdamW:
     """AdamW over the parameters that require gradients, moments at zero.
 
     Matrices decay; norms, biases and other one-dimensional weights do not. Routed experts form
     groups of their own, whose learning rate `set_learning_rate` multiplies.
+
+    Args:
+        parameters: This rank's, by name.
+        config: Of the optimizer.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if parameter.requires_grad:
             key = (parameter.ndim >= 2, ".experts." in name)
             groups.setdefault(key, []).append(parameter)
     optimizer = torch.optim.AdamW(
         [
             {
-                "params": parameters,
+                "params": of_group,
                 "weight_decay": config.weight_decay if decays else 0.0,
                 "lr_multiplier": config.expert_lr_multiplier if is_expert else 1.0,
             }
-            for (decays, is_expert), parameters in groups.items()
+            for (decays, is_expert), of_group in groups.items()
         ],
         lr=config.lr,
         betas=config.betas,
@@ -90,16 +93,33 @@ def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
         group["lr"] = lr * group["lr_multiplier"]
 
 
-def gradient_norm(optimizer: torch.optim.AdamW) -> float:
-    """Euclidean norm of all gradients as one vector."""
-    norms = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            assert parameter.grad is not None, f"no gradient on {tuple(parameter.shape)=}"
-            # In pieces: a float32 sum over millions loses digits, and a float64 one is slow.
-            for piece in parameter.grad.reshape(-1).split(NORM_PIECE):
-                norms.append(torch.linalg.vector_norm(piece))
-    return float(torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64))
+def gradient_norm(
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    copies: Mapping[str, int] | None = None,
+    everyone: Group = ALONE,
+) -> float:
+    """Euclidean norm of the whole model's gradient as one vector, the same on every rank.
+
+    Args:
+        parameters: This rank's, by name; those that are trained have a gradient.
+        copies: Ranks that hold the same piece of each; None: one.
+        everyone: All ranks.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            continue
+        assert parameter.grad is not None, f"no gradient on {name}"
+        # In pieces: a float32 sum over millions loses digits, and a float64 one is slow.
+        norms = [
+            torch.linalg.vector_norm(piece)
+            for piece in parameter.grad.reshape(-1).split(NORM_PIECE)
+        ]
+        squares = torch.stack(norms).double().square().sum()
+        # A piece that several ranks hold counts once: each of them adds its share of it.
+        total = total.to(squares.device) + squares / (1 if copies is None else copies[name])
+    return float(everyone.sum_(total).sqrt())
 
 
 def update(optimizer: torch.optim.AdamW, *, norm: float, clip: float) -> None:
@@ -110,6 +130,8 @@ def update(optimizer: torch.optim.AdamW, *, norm: float, clip: float) -> None:
         norm: Their norm, finite.
         clip: Largest norm that goes into the update.
     """
+    if not optimizer.param_groups:
+        return  # everything that this rank holds is frozen
     device = optimizer.param_groups[0]["params"][0].device
     too_long = norm / clip if clip > 0 else 1.0
     # The way torch's GradScaler hands its divisor to a fused optimizer.
@@ -119,11 +141,17 @@ def update(optimizer: torch.optim.AdamW, *, norm: float, clip: float) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def moments(model: nn.Module, optimizer: torch.optim.AdamW) -> Mapping[str, Tensor]:
+def moments(
+    weights: Mapping[str, Held],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+) -> dict[str, Held]:
     """The optimizer's own state by name: `moment1.NAME`, `moment2.NAME` and `updates.NAME`."""
-    return {
-        f"{label}.{name}": optimizer.state[parameter][key]
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        for label, key in (("moment1", "exp_avg"), ("moment2", "exp_avg_sq"), ("updates", "step"))
-    }
+    found: dict[str, Held] = {}
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            state, piece = optimizer.state[parameter], weights[name].piece
+            found[f"moment1.{name}"] = Held(state["exp_avg"], piece)
+            found[f"moment2.{name}"] = Held(state["exp_avg_sq"], piece)
+            found[f"updates.{name}"] = Held(state["step"], SCALAR)
+    return found

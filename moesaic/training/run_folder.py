@@ -37,6 +37,7 @@ class RunFolder:
         self.machine = path / "machine.json"
         self.summary = path / "summary.json"
         self.metrics = path / "metrics.jsonl"
+        self.ranks = path / "ranks.jsonl"
         self.routing = path / "routing" / "routing.jsonl"
         self.similarity = path / "routing" / "similarity.jsonl"
         self.tensorboard = path / "tensorboard"
