@@ -19,6 +19,11 @@ from torch import Tensor
 
 from moesaic.moe.config import DropPolicy
 
+PROBABILITY_STEPS = 2**16
+"""Probabilities that agree to this part of 1 rank as equal. Equal tokens in equal places, such as
+the first of two documents, have equal probabilities but for rounding, which depends on the
+layout; which of them is dropped must not."""
+
 
 def expert_capacity(factor: float, *, tokens: int, top_k: int, num_experts: int) -> int:
     """Copies one expert takes from a group of `tokens`: ceil(factor k T / n).
@@ -54,7 +59,8 @@ def keep_within_capacity(
 
     Args:
         experts_TK: Chosen experts, (T, K); a token names an expert at most once.
-        probs_TK: Probability of each choice, (T, K); ties go to the earlier token.
+        probs_TK: Probability of each choice, (T, K); where two agree to `PROBABILITY_STEPS`, the
+            earlier token goes first.
         num_experts: Experts in the layer.
         capacity: Copies an expert takes from one group.
         groups: Groups in the batch; must divide T.
@@ -66,7 +72,8 @@ def keep_within_capacity(
     keys_N = _group_and_expert(experts_TK, num_experts=num_experts, groups=groups)
     # Both sorts are stable: copies of one group and expert stay in order of preference.
     if policy == "probability":
-        best_first_N = probs_TK.detach().reshape(-1).argsort(descending=True, stable=True)
+        steps_N = (probs_TK.detach().reshape(-1) * PROBABILITY_STEPS).round()
+        best_first_N = steps_N.argsort(descending=True, stable=True)
         order_N = best_first_N[keys_N[best_first_N].argsort(stable=True)]
     else:
         order_N = keys_N.argsort(stable=True)
