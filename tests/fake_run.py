@@ -7,6 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from moesaic.planning.layout import fit
+from moesaic.planning.plan import TrainPlan
+from moesaic.spec import PRESETS
+from moesaic.training.ranks import RankRecord, rank_line
+
 CONFIG = """\
 model = "no such folder/moe"
 run = "runs/first"
@@ -40,9 +45,10 @@ def write_run(
     extras: bool = True,
     dropless: bool = False,
     first_step: int = 1,
+    plan: TrainPlan | None = None,
 ) -> Path:
     """Write a run of `steps` steps; `layers` 0 makes it dense, `extras` False leaves out
-    whatever training does not need to write."""
+    whatever training does not need to write, a plan adds what its ranks did."""
     random = np.random.default_rng(0)
     (run / "routing").mkdir(parents=True)
     capacity = '"none"' if dropless else "1.25"
@@ -100,9 +106,36 @@ def write_run(
     if layers:
         write_lines(run / "routing" / "routing.jsonl", routing)
         write_lines(run / "routing" / "similarity.jsonl", similarity)
+    if plan is not None:
+        told = [s for s in range(first_step, first_step + steps) if s == 1 or s % 10 == 0]
+        write_lines(run / "ranks.jsonl", [ranks_of_step(plan, step, layers) for step in told])
     if extras:
         _write_extras(run)
     return run
+
+
+def ranks_of_step(plan: TrainPlan, step: int, layers: int = 1) -> dict[str, object]:
+    """A line of ranks.jsonl: the last stage computes longest, the first keeps most activations,
+    and experts on higher ranks are the more popular."""
+    layout = fit(plan, PRESETS["smollm2-135m"])
+    random = np.random.default_rng(step)
+    records = []
+    for rank in range(plan.world_size):
+        place = layout.place(rank)
+        records.append(
+            RankRecord(
+                rank=rank,
+                pp=place.pp,
+                dp=place.dp,
+                tp=place.tp,
+                stages=layout.stages_of(place.pp),
+                peak_memory_bytes=int(2e9 + 6e8 * (plan.pp - place.pp) + 7e6 * rank),
+                compute_seconds=float(0.7 + 0.2 * place.pp + 0.01 * rank + 0.01 * random.random()),
+                tokens_received=int(30_000 + 2_500 * rank + 900 * random.random()) if layers else 0,
+            )
+        )
+    seconds = 1.1 * max(record.compute_seconds for record in records) + 2.0 * (step == 1)
+    return rank_line(step, seconds, records)
 
 
 def write_lines(path: Path, items: list[dict[str, object]]) -> None:

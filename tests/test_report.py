@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from moesaic.errors import FolderError
+from moesaic.planning.plan import TrainPlan
 from moesaic.reporting import charts, words
 from moesaic.reporting.config import ReportConfig
 from moesaic.reporting.report import report
 from moesaic.reporting.runfolder import read_run
 from moesaic.training.train import train
-from tests.fake_run import write_run
+from tests.fake_run import ranks_of_step, write_lines, write_run
 from tests.tiny import TINY, tiny_folder
 from tests.tiny_run import tiny_config, tiny_tokens
 
@@ -236,6 +237,132 @@ def test_a_real_run_is_shown_from_the_files_that_training_wrote(tmp_path: Path) 
         assert f'id="{name}-section"' in text
 
 
+PLANS = {
+    "2 stages of 4 ranks": TrainPlan(pp=2, dp=2, tp=2),
+    "a V of 4 ranks": TrainPlan(pp=2, tp=2, schedule="zbv"),
+    "one stage": TrainPlan(tp=3),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_the_fullest_rank_and_the_slowest_stage_are_named_and_marked(
+    plan: TrainPlan, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run", plan=plan, **SMALL)
+    result = report(ReportConfig(run=run))
+    lines = lines_of(run / "ranks.jsonl")
+    last = lines[-1]["ranks"]
+    memory = [item["peak_memory_bytes"] for item in last]
+    tokens = [
+        np.mean([line["ranks"][r]["tokens_received"] for line in lines]) for r in range(len(last))
+    ]
+    full, busy = int(np.argmax(memory)), int(np.argmax(tokens))
+    (sentence,) = (s for s in result["summary"] if s.startswith("It ran on "))
+    assert f"It ran on {plan.world_size} ranks" in sentence
+    assert f"is the fullest with {words.byte_count(memory[full])} at most" in sentence or (
+        plan.pp == 1 and "All are equally full" in sentence
+    )
+    # The fake's last stage is the slowest; with a V, the last stages are in the middle.
+    slow = {1: "Rank 2 is", 2: "Stages 1 and 2 are" if plan.schedule == "zbv" else "Stage 1 is"}
+    assert f"{slow[plan.pp]} the slowest" in sentence
+    text = Path(result["report"]).read_text()
+    assert f"The experts of rank {busy} get the most rows, {tokens[busy]:,.0f} a step" in text
+    for number, rank in enumerate((full, busy)):
+        bar = re.search(rf'id="ranks-tip-{number}-{rank}".*?</g>', text, re.DOTALL)
+        assert bar is not None
+        assert "var(--second)" in bar[0]
+        assert len(re.findall(rf'id="ranks-tip-{number}-', text)) == plan.world_size
+
+
+def test_compute_and_wait_of_a_stage_are_the_means_of_its_ranks(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", plan=TrainPlan(pp=2, tp=2), **SMALL)
+    lines = lines_of(run / "ranks.jsonl")
+    ranks = read_run(run).ranks
+    assert ranks is not None
+    for stage in (0, 1):
+        medians = [
+            np.median([line["ranks"][rank]["compute_seconds"] for line in lines])
+            for rank in (2 * stage, 2 * stage + 1)
+        ]
+        assert words.pace(ranks)[stage] == pytest.approx(np.mean(medians))
+    assert [line["seconds"] for line in lines] == ranks.seconds_P.tolist()
+    assert ranks.seconds == np.median(ranks.seconds_P)
+
+
+@pytest.mark.parametrize("plan", [None, TrainPlan()], ids=["no file", "one rank"])
+def test_a_run_of_one_rank_has_no_section_on_ranks(plan: TrainPlan | None, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", plan=plan, **SMALL)
+    result = report(ReportConfig(run=run))
+    text = Path(result["report"]).read_text()
+    assert "ranks-section" not in text
+    assert "It ran on" not in " ".join(result["summary"])
+    assert "ranks.jsonl" not in " ".join(result["notes"])
+
+
+def test_ranks_of_a_dense_model_have_no_load(tmp_path: Path) -> None:
+    text = page_of(write_run(tmp_path / "run", steps=10, layers=0, plan=TrainPlan(dp=2)))
+    assert 'id="ranks-section"' in text
+    assert "Rows to the rank" not in text
+    assert "The experts of rank" not in text
+
+
+def test_a_run_resumed_under_another_layout_shows_the_last_one_and_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", plan=TrainPlan(pp=2, tp=2), **SMALL)
+    later = TrainPlan(dp=2)
+    before = lines_of(run / "ranks.jsonl")
+    write_lines(run / "ranks.jsonl", [*before, *(ranks_of_step(later, s) for s in (40, 50))])
+    ranks = read_run(run).ranks
+    assert ranks is not None
+    assert ranks.steps_P.tolist() == [40, 50]
+    assert len(ranks.places) == 2
+    assert any("resumed under another layout" in note for note in read_run(run).notes)
+
+
+def test_a_step_that_was_done_again_counts_as_told_last(tmp_path: Path) -> None:
+    plan = TrainPlan(tp=2)
+    run = write_run(tmp_path / "run", plan=plan, **SMALL)
+    again = ranks_of_step(plan, 20)
+    write_lines(run / "ranks.jsonl", [*lines_of(run / "ranks.jsonl"), again])
+    ranks = read_run(run).ranks
+    assert ranks is not None
+    assert ranks.steps_P.tolist() == [1, 10, 20]
+
+
+def test_a_thousand_ranks_fit_on_the_page(tmp_path: Path) -> None:
+    plan = TrainPlan(pp=8, dp=16, tp=8)
+    run = write_run(tmp_path / "run", steps=1, layers=2, experts=2, plan=plan)
+    memory = [item["peak_memory_bytes"] for item in lines_of(run / "ranks.jsonl")[0]["ranks"]]
+    text = page_of(run)
+    section = text[text.index('id="ranks-section"') :]
+    section = section[: section.index("</section>")]
+    # One outline a panel, and not a shape for every rank.
+    assert section.count("<path") < 200
+    assert len(section) < 250_000
+    assert f'-{int(np.argmax(memory))}"><title>rank ' in section
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ranks: ranks[0].pop("tp"),
+        lambda ranks: ranks[1].update(rank=0),
+        lambda ranks: ranks.clear(),
+        lambda ranks: ranks[0].update(stages=[]),
+        lambda ranks: ranks[0].update(stages=3),
+        lambda ranks: ranks[0].update(compute_seconds=None),
+        lambda ranks: ranks.insert(0, 5),
+    ],
+)
+def test_damaged_ranks_are_one_line(change: Any, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", plan=TrainPlan(tp=2), **SMALL)
+    lines = lines_of(run / "ranks.jsonl")
+    change(lines[1]["ranks"])
+    write_lines(run / "ranks.jsonl", lines)
+    with pytest.raises(FolderError, match=r"ranks\.jsonl is damaged") as error:
+        report(ReportConfig(run=run))
+    assert "\n" not in str(error.value)
+
+
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=3, layers=0)
     with pytest.raises(FolderError, match="cannot be written"):
@@ -297,6 +424,9 @@ def test_thinning_keeps_the_mean_and_bounds_the_number_of_points() -> None:
         (words.byte_count(269 * 2**20), "269.00 MiB"),
         (words.percent(0.0082), "0.82 %"),
         (words.percent(0.25), "25 %"),
+        (words.seconds(0.70512), "0.705 s"),
+        (words.seconds(99.96), "100 s"),
+        (words.seconds(1234.5), "1234 s"),
         (words.duration(59.4), "59.4 s"),
         (words.duration(3 * 60), "3 min"),
         (words.duration(3 * 3600 + 120), "3 h 2 min"),
@@ -345,7 +475,8 @@ def requests_of(browser: Any) -> list[str]:
 def test_a_browser_shows_every_figure_and_asks_for_nothing_else(
     browser: Any, scheme: str, width: int, tmp_path: Path
 ) -> None:
-    run = write_run(tmp_path / "run", steps=60, layers=12, experts=8)
+    plan = TrainPlan(pp=2, dp=2, tp=2)
+    run = write_run(tmp_path / "run", steps=60, layers=12, experts=8, plan=plan)
     result = report(ReportConfig(run=run))
     page = Path(result["report"]).as_uri()
     browser.execute_cdp_cmd(
@@ -362,7 +493,7 @@ def test_a_browser_shows_every_figure_and_asks_for_nothing_else(
     body = browser.find_element("tag name", "body").text
     assert all(sentence in body for sentence in result["summary"])
     figures = browser.find_elements("css selector", "figure svg")
-    assert len(figures) == 7
+    assert len(figures) == 9
     for figure in figures:
         assert figure.is_displayed()
         assert figure.size["height"] > 100
@@ -374,7 +505,8 @@ def test_a_browser_shows_every_figure_and_asks_for_nothing_else(
         "const parts = c => c.match(/[\\d.]+/g).slice(0, 3).map(Number);"
         "const style = name => getComputedStyle(document.querySelector(name));"
         "return [style('figure').backgroundColor, style('svg text').fill,"
-        " style('#drops-tip-0-0 path').stroke, style('#drops-tip-0-11 path').stroke].map(parts)"
+        " style('#drops-tip-0-0 path').stroke, style('#drops-tip-0-11 path').stroke,"
+        " style('#ranks-tip-0-0 path').fill, style('#ranks-tip-0-3 path').fill].map(parts)"
     )
     card, text, *lines = (luminance(colour) for colour in colours)
     assert ratio(text, card) >= 4.5

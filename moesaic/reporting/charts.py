@@ -6,7 +6,7 @@ keeps its order for every kind of colour vision; heat maps run from violet over 
 orange (PuOr) for the same reason. Each picture has a title and a description for screen
 readers, and each layer's line names itself when pointed at.
 
-Shapes.  P points in time    L layers    E experts
+Shapes.  P points in time    L layers    E experts    B bars
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from moesaic.reporting.runfolder import Array
@@ -36,6 +37,9 @@ INK, SOFT, GRID, ACCENT, SECOND = "#010101", "#010102", "#010103", "#010104", "#
 _ROLES = {INK: "ink", SOFT: "soft", GRID: "grid", ACCENT: "accent", SECOND: "second"}
 _LONG = re.compile(r"(\.\d\d)\d+")
 _STAND_IN = re.compile(r"#0101[0-9a-f]{2}|#04[0-9a-f]{4}")
+
+MANY_BARS = 128
+"""More bars than this are one outline, and only the marked one names itself."""
 
 LOAD_LIMIT = 4.0
 """Loads beyond this multiple of a fair share, or below its inverse, get the last colour."""
@@ -96,6 +100,34 @@ class HeatMap:
     rows: Sequence[int]
     columns: tuple[float, float] | None = None
     """First and last step when the columns are time; None when they are experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """One bar for each rank."""
+
+    title: str
+    values_B: Array
+    texts: Sequence[str]
+    """Each value as people read it, (B,)."""
+    groups: Sequence[tuple[str, int]]
+    """Ranks that stand together: their name, and how many they are."""
+    fair_B: Array | None = None
+    """Where a dashed line runs through each bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """One row: what part of a step it computes, and for how long it does not."""
+
+    name: str
+    compute: float
+    """Seconds."""
+    wait: float
+    low: float
+    high: float
+    """The least and the most that one of its ranks computes."""
+    text: str
 
 
 def depth_colours(num_layers: int) -> tuple[list[str], list[str]]:
@@ -206,6 +238,79 @@ def load_charts(maps: Sequence[HeatMap], *, name: str, title: str, description: 
         return _svg(figure, name, title, description)
 
 
+def rank_charts(panels: Sequence[Bars], *, name: str, title: str, description: str) -> str:
+    """Bars side by side, one for each rank, the tallest marked and named."""
+    with mpl.rc_context(_STYLE):
+        figure, grid = _grid(len(panels), height=2.4)
+        for number, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
+            count, most = len(panel.values_B), float(panel.values_B.max())
+            marked = int(panel.values_B.argmax())
+            tips = [f"rank {rank}: {text}" for rank, text in enumerate(panel.texts)]
+            _draw_bars(axes, panel.values_B, marked=marked, tips=tips, number=number)
+            if panel.fair_B is not None:
+                ends = np.arange(count + 1) - 0.5
+                dashes = (0, (4, 3))
+                axes.stairs(
+                    panel.fair_B, ends, baseline=None, color=INK, linewidth=0.8, linestyle=dashes
+                )
+            side = (
+                "left" if marked < count / 3 else "right" if marked >= 2 * count / 3 else "center"
+            )
+            shift = {"left": -0.45, "center": 0.0, "right": 0.45}[side]
+            axes.text(marked + shift, most, f" {tips[marked]} ", ha=side, va="bottom", color=INK)
+            _name_groups(axes, panel.groups, inches=0.85 * WIDTH / len(panels))
+            axes.set(title=panel.title, xlabel="rank", xlim=(-0.6, count - 0.4))
+            axes.set_ylim(0, (1.35 if len(panel.groups) > 1 else 1.2) * most or 1)
+            axes.set_xticks(_spread(count, 16 if count <= 64 else 8))
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+            axes.grid(visible=False, axis="x")
+            axes.set_axisbelow(True)
+        return _svg(figure, name, title, description)
+
+
+def pace_chart(rows: Sequence[Pace], *, name: str, title: str, description: str) -> str:
+    """How much of a step each stage, or each rank, computes; the slowest is marked."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, min(6.0, 0.9 + 0.26 * len(rows))), layout="constrained")
+        axes = figure.subplots()
+        compute_B = np.array([row.compute for row in rows])
+        wait_B = np.array([row.wait for row in rows])
+        marked = int(compute_B.argmax())
+        longest = float((compute_B + wait_B).max())
+        tips = [f"{row.name}: {row.text}" for row in rows]
+        _draw_bars(axes, compute_B, marked=marked, tips=tips, number=0, is_sideways=True)
+        _draw_bars(
+            axes, wait_B, start_B=compute_B, tips=tips, number=1, is_sideways=True, colour=SOFT
+        )
+        if len(rows) <= 24:
+            for place, row in enumerate(rows):
+                if row.high > row.low:
+                    axes.plot([row.low, row.high], [place, place], color=INK, linewidth=1)
+                axes.text(
+                    row.compute + row.wait + 0.01 * longest,
+                    place,
+                    row.text,
+                    va="center",
+                    color=INK if place == marked else SOFT,
+                )
+        shown = _spread(len(rows), 24)
+        axes.set_yticks(shown, [rows[place].name for place in shown])
+        axes.set(xlabel="seconds of a step", ylim=(len(rows) - 0.4, -0.6))
+        axes.set_xlim(0, 1.12 * longest or 1)
+        axes.grid(visible=False, axis="y")
+        axes.set_axisbelow(True)
+        handles = [
+            Patch(color=ACCENT, label="computing"),
+            Patch(color=SECOND, label="computing, the slowest"),
+            Patch(color=SOFT, alpha=_FAINT, label="the rest of the step"),
+        ]
+        figure.legend(
+            handles=handles, loc="outside upper left", ncols=3, frameon=False, labelcolor=SOFT
+        )
+        return _svg(figure, name, title, description)
+
+
 def running_window(points: int) -> int:
     """Steps that the running mean of the loss takes together: a fiftieth of them, odd."""
     return max(1, points // 50 // 2 * 2 + 1) if points >= 15 else 1
@@ -245,6 +350,87 @@ def _grid(panels: int, *, height: float) -> tuple[Figure, list[Axes]]:
     for unused in grid[panels:]:
         unused.set_visible(False)
     return figure, grid[:panels]
+
+
+_FAINT = 0.3
+"""Opacity of what is only the rest."""
+
+
+def _draw_bars(
+    axes: Axes,
+    values_B: Array,
+    *,
+    tips: Sequence[str],
+    number: int,
+    start_B: Array | None = None,
+    marked: int | None = None,
+    is_sideways: bool = False,
+    colour: str = ACCENT,
+) -> None:
+    """Bars at 0, 1, 2, ...; the marked one in the second colour. Each names itself if few."""
+    count = len(values_B)
+    base_B = np.zeros(count) if start_B is None else start_B
+    alpha = 1.0 if start_B is None else _FAINT
+    drawn = range(count)
+    if count > MANY_BARS:
+        axes.stairs(
+            base_B + values_B,
+            np.arange(count + 1) - 0.5,
+            baseline=base_B,
+            orientation="horizontal" if is_sideways else "vertical",
+            fill=True,
+            color=colour,
+            alpha=alpha,
+            linewidth=0,
+        )
+        drawn = range(0) if marked is None else range(marked, marked + 1)
+    draw = axes.barh if is_sideways else axes.bar
+    for bar in drawn:
+        (patch,) = draw(
+            [bar],
+            [values_B[bar]],
+            # One bar of a thousand has to be seen, too.
+            0.8 if bar != marked else max(0.8, count / 100),
+            [base_B[bar]],
+            color=SECOND if bar == marked else colour,
+            alpha=alpha,
+            linewidth=0,
+        )
+        patch.set_gid(f"tip-{number}-{bar}-{tips[bar]}")
+
+
+def _name_groups(axes: Axes, groups: Sequence[tuple[str, int]], *, inches: float) -> None:
+    """Lines between groups of bars, and on top their names, or their numbers if there is no room
+    for names, or nothing."""
+    if len(groups) == 1:
+        return
+    bars = sum(size for _, size in groups)
+    numbers = [text.partition(" ")[2] for text, _ in groups]
+    names = ([text for text, _ in groups], numbers, [""] * len(groups))
+    a_letter = 0.065
+    shown = next(
+        texts
+        for texts in names
+        if all(
+            len(text) * a_letter <= inches * size / bars
+            for text, (_, size) in zip(texts, groups, strict=True)
+        )
+    )
+    start = 0
+    for text, (_, size) in zip(shown, groups, strict=True):
+        if start:
+            axes.axvline(start - 0.5, color=GRID, linewidth=0.8)
+        if text:
+            axes.text(
+                start + (size - 1) / 2,
+                0.98,
+                text,
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                color=SOFT,
+            )
+        start += size
 
 
 def _depth(row: int) -> str:

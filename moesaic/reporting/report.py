@@ -21,9 +21,9 @@ from markupsafe import Markup
 
 from moesaic.files import write_text_atomic
 from moesaic.reporting import charts, words
-from moesaic.reporting.charts import HeatMap, Panel
+from moesaic.reporting.charts import Bars, HeatMap, Pace, Panel
 from moesaic.reporting.config import ReportConfig
-from moesaic.reporting.runfolder import Array, Routing, Run, read_run
+from moesaic.reporting.runfolder import Array, Ranks, Routing, Run, read_run
 from moesaic.version import __version__
 
 
@@ -99,6 +99,8 @@ def _sections(run: Run) -> list[Section]:
             _gate_section(run.routing),
         ]
     sections.append(_similarity_section(run))
+    if run.ranks is not None:
+        sections.append(_ranks_section(run.ranks))
     return [section for section in sections if section.figures]
 
 
@@ -294,6 +296,89 @@ def _similarity_section(run: Run) -> Section:
     return section
 
 
+def _ranks_section(ranks: Ranks) -> Section:
+    """Memory and load of each rank, and how long each stage computes."""
+    section = Section(
+        name="ranks",
+        title="Ranks and stages",
+        text=(
+            "The fullest rank decides whether a plan fits its devices, and the slowest stage how "
+            "fast all of them are; both are orange."
+        ),
+    )
+    groups = [(words.stages(ranks, members[0]), len(members)) for members in ranks.by_pipeline]
+    if len(groups) > 1:
+        section.text += " Ranks that run the same stages stand together, under the stages' numbers."
+    unit, size = _memory_unit(float(ranks.peak_memory_R.max()))
+    panels = [
+        Bars(
+            title=f"Peak memory, {unit}",
+            values_B=ranks.peak_memory_R / size,
+            texts=[words.byte_count(value) for value in ranks.peak_memory_R],
+            groups=groups,
+        )
+    ]
+    caption = words.fullest(ranks)
+    if ranks.tokens_R.any():
+        panels.append(
+            Bars(
+                title="Rows to the rank's experts, a step",
+                values_B=ranks.tokens_R,
+                texts=[f"{value:,.0f}" for value in ranks.tokens_R],
+                groups=groups,
+                fair_B=words.fair_tokens(ranks),
+            )
+        )
+        caption += f" {words.busiest(ranks)} The dashed line is that mean."
+    svg = charts.rank_charts(
+        panels, name="ranks", title="Memory and load of each rank", description=caption
+    )
+    section.figures += [Figure(svg=svg, caption=caption), _pace_figure(ranks)]
+    return section
+
+
+def _pace_figure(ranks: Ranks) -> Figure:
+    is_pipeline = len(ranks.by_pipeline) > 1
+    members = ranks.by_pipeline if is_pipeline else [[rank] for rank in range(len(ranks.places))]
+    rows = []
+    for own, compute in zip(members, words.pace(ranks), strict=True):
+        first, last = own[0], own[-1]
+        of_ranks = f"rank {first}"
+        if last > first:
+            of_ranks = f"ranks {first} {'to' if last - first > 1 else 'and'} {last}"
+        name = f"{words.stages(ranks, first)}, {of_ranks}" if is_pipeline else of_ranks
+        rows.append(
+            Pace(
+                name=name,
+                compute=compute,
+                wait=float(ranks.wait_R[own].mean()),
+                low=float(ranks.compute_R[own].min()),
+                high=float(ranks.compute_R[own].max()),
+                text=words.seconds(compute),
+            )
+        )
+    points = len(ranks.steps_P)
+    caption = (
+        f"{words.slowest(ranks)} Computing is the time inside forward and backward passes, with "
+        f"what they exchange; the rest is waiting for others, sums over ranks and the update."
+    )
+    if any(row.high > row.low for row in rows):
+        caption += " Bars are means over a stage's ranks, and thin lines span them."
+    if points > 1:
+        caption += (
+            f" Medians of {points} steps from {ranks.steps_P[0]:,.0f} to {ranks.steps_P[-1]:,.0f}."
+        )
+    svg = charts.pace_chart(rows, name="pace", title="Time of each stage", description=caption)
+    return Figure(svg=svg, caption=caption)
+
+
+def _memory_unit(most: float) -> tuple[str, float]:
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if most >= 1024**power:
+            return unit, float(1024**power)
+    return "bytes", 1.0
+
+
 def _panels(
     routing: Routing,
     titles: Mapping[str, str],
@@ -348,6 +433,8 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
         if rates_PL is not None and np.isfinite(rates_PL[-1]).any():
             last_L = words.first_and_last(rates_PL)[1]
             tiles.append((_drop_title(run).lower(), words.percent(float(np.nanmean(last_L)))))
+    if run.ranks is not None:
+        tiles.append(("ranks", str(len(run.ranks.places))))
     if "seconds" in metrics and np.isfinite(metrics["seconds"]).any():
         tiles.append(("time in steps", words.duration(float(np.nansum(metrics["seconds"])))))
     return tiles

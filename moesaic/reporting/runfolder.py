@@ -5,13 +5,14 @@ runs are read into at most `MAX_POINTS` intervals of steps, each holding means, 
 memory and the page stay small however long a run was. A step may be there twice, because
 training went back to a checkpoint: what was written last counts, and routing takes the mean.
 
-Shapes.  P points in time    L MoE layers    E experts
+Shapes.  P points in time    L MoE layers    E experts    R ranks
 """
 
 from __future__ import annotations
 
 import json
 import tomllib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ LAYER_NUMBERS = (
     "max2_over_max3",
 )
 """Numbers a layer has in routing.jsonl; one that a run did not write is left out."""
+
+_RANK_NUMBERS = ("peak_memory_bytes", "compute_seconds", "wait_seconds", "tokens_received")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,71 @@ class Similarity:
 
 
 @dataclass(frozen=True)
+class RankPlace:
+    """Where a rank stands."""
+
+    pp: int
+    dp: int
+    tp: int
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What every rank did, in the last steps that were written down under one layout."""
+
+    places: tuple[RankPlace, ...]
+    """Of each rank, (R,)."""
+
+    steps_P: Array
+    seconds_P: Array
+    """Of the whole step."""
+
+    peak_memory_R: Array
+    """Most bytes held up to the last of these steps."""
+
+    compute_PR: Array
+    """Seconds inside forward and backward passes."""
+
+    wait_PR: Array
+    """The other seconds of the step."""
+
+    tokens_PR: Array
+    """Rows that reached the rank's experts."""
+
+    @property
+    def by_pipeline(self) -> list[list[int]]:
+        """Ranks that run the same stages, from the first place in the pipeline to the last."""
+        members: dict[int, list[int]] = {}
+        for rank, place in enumerate(self.places):
+            members.setdefault(place.pp, []).append(rank)
+        return [members[pp] for pp in sorted(members)]
+
+    @property
+    def seconds(self) -> float:
+        """Of a typical step: the median, which the first step's set-up does not move."""
+        return float(np.median(self.seconds_P))
+
+    @property
+    def compute_R(self) -> Array:
+        """Seconds of a typical step inside forward and backward passes."""
+        median_R: Array = np.median(self.compute_PR, axis=0)
+        return median_R
+
+    @property
+    def wait_R(self) -> Array:
+        """The other seconds of a typical step."""
+        median_R: Array = np.median(self.wait_PR, axis=0)
+        return median_R
+
+    @property
+    def tokens_R(self) -> Array:
+        """Mean rows a step that reached the rank's experts."""
+        mean_R: Array = self.tokens_PR.mean(axis=0)
+        return mean_R
+
+
+@dataclass(frozen=True)
 class Sample:
     """What one model answered to one prompt."""
 
@@ -89,6 +157,8 @@ class Run:
     config_text: str | None
     routing: Routing | None
     similarity: Similarity | None
+    ranks: Ranks | None
+    """None where there was one rank."""
     samples: tuple[Sample, ...]
     evaluation: dict[str, Any] | None
     machine: dict[str, Any]
@@ -135,6 +205,7 @@ def read_run(path: Path) -> Run:
     hardware = _read_object(path / "hardware.json")
     routing = _read_routing(path / "routing" / "routing.jsonl", notes)
     similarity = _read_similarity(path / "routing" / "similarity.jsonl", notes)
+    ranks = _read_ranks(path / "ranks.jsonl", notes)
     config = _parsed(config_text, path / "config.toml")
     spec = _read_model(path, config)
     is_moe = routing is not None or (spec is not None and spec.moe is not None)
@@ -155,6 +226,7 @@ def read_run(path: Path) -> Run:
         config_text=config_text,
         routing=routing,
         similarity=similarity,
+        ranks=ranks,
         samples=samples,
         evaluation=evaluation,
         machine={**(machine or {}), **(hardware or {})},
@@ -258,6 +330,51 @@ def _read_similarity(path: Path, notes: list[str]) -> Similarity | None:
     except (KeyError, TypeError, ValueError) as error:
         raise FolderError(f"{path} is damaged: {error}.") from error
     return Similarity(layers=layers, steps_P=np.array(order, dtype=np.float64), values_PL=values_PL)
+
+
+def _read_ranks(path: Path, notes: list[str]) -> Ranks | None:
+    lines: deque[tuple[int, float, Array]] = deque(maxlen=MAX_POINTS)
+    places: tuple[RankPlace, ...] = ()
+    layouts = 0
+    try:
+        for line in _lines(path, notes):
+            found = sorted(line["ranks"], key=lambda item: int(item["rank"]))
+            if [item["rank"] for item in found] != list(range(len(found))) or not found:
+                raise ValueError("ranks are not numbered from 0")
+            now = tuple(_place(item) for item in found)
+            if now != places:  # the run was resumed under another plan
+                places, layouts = now, layouts + 1
+                lines.clear()
+            while lines and lines[-1][0] >= line["step"]:
+                lines.pop()
+            values = [[float(item[name]) for item in found] for name in _RANK_NUMBERS]
+            lines.append((line["step"], float(line["seconds"]), np.array(values)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise FolderError(f"{path} is damaged: {error}.") from error
+    if len(places) < 2:
+        return None
+    if layouts > 1:
+        notes.append(
+            f"The run was resumed under another layout; its ranks are shown from step "
+            f"{lines[0][0]:,} on."
+        )
+    memory_PR, compute_PR, wait_PR, tokens_PR = np.stack([values for _, _, values in lines], axis=1)
+    return Ranks(
+        places=places,
+        steps_P=np.array([step for step, _, _ in lines], dtype=np.float64),
+        seconds_P=np.array([seconds for _, seconds, _ in lines]),
+        peak_memory_R=memory_PR.max(axis=0),
+        compute_PR=compute_PR,
+        wait_PR=wait_PR,
+        tokens_PR=tokens_PR,
+    )
+
+
+def _place(item: dict[str, Any]) -> RankPlace:
+    stages = tuple(int(stage) for stage in item["stages"])
+    if not stages:
+        raise ValueError(f"rank {item['rank']} has no stage")
+    return RankPlace(pp=int(item["pp"]), dp=int(item["dp"]), tp=int(item["tp"]), stages=stages)
 
 
 def _last_step(path: Path) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.reporting.runfolder import Array, Routing, Run
+from moesaic.reporting.runfolder import Array, Ranks, Routing, Run
 
 
 def count(number: float) -> str:
@@ -69,6 +69,8 @@ def summary(run: Run) -> list[str]:
         sentences += [_drops(run, run.routing), _load(run.routing)]
     if run.similarity is not None:
         sentences.append(_similarity(run))
+    if run.ranks is not None:
+        sentences.append(f"{_world(run.ranks)} {fullest(run.ranks)} {slowest(run.ranks)}")
     sentences.append(_heldout(run))
     return [sentence for sentence in sentences if sentence]
 
@@ -177,6 +179,91 @@ def _similarity(run: Run) -> str:
         return f"The experts' similarity was {last}, where 1 means copies of each other."
     change = f"stayed at {last}" if first == last else f"went from {first} to {last}"
     return f"Expert similarity, where 1 means copies of each other, {change}."
+
+
+def _world(ranks: Ranks) -> str:
+    axes = (("pp", "pipeline"), ("dp", "data"), ("tp", "tensor"))
+    sizes = {word: len({getattr(place, name) for place in ranks.places}) for name, word in axes}
+    mesh = " x ".join(f"{size} {word}" for word, size in sizes.items() if size > 1)
+    return f"It ran on {len(ranks.places)} ranks ({mesh})."
+
+
+def fullest(ranks: Ranks) -> str:
+    """Which rank held the most memory."""
+    memory_R = ranks.peak_memory_R
+    rank, most = int(memory_R.argmax()), float(memory_R.max())
+    if memory_R.min() > 0.99 * most:
+        return f"All are equally full, {byte_count(most)} at most."
+    return (
+        f"Rank {rank}{_of_stages(ranks, rank, ', of ', ',')} is the fullest with "
+        f"{byte_count(most)} at most, {most / memory_R.mean():.2f} times the mean."
+    )
+
+
+def slowest(ranks: Ranks) -> str:
+    """Which stage, or with one stage which rank, computes the longest."""
+    rows = pace(ranks)
+    long, short = max(rows), min(rows)
+    step = f"of a step of {seconds(ranks.seconds)}"
+    if short > 0.99 * long:
+        return f"All compute equally long, {seconds(long)} {step}."
+    number = rows.index(long)
+    if len(ranks.by_pipeline) > 1:
+        name = stages(ranks, ranks.by_pipeline[number][0])
+        return (
+            f"{_capital(name)} {'is' if name.startswith('stage ') else 'are'} the slowest, "
+            f"computing {seconds(long)} {step}; the quickest computes {seconds(short)}."
+        )
+    return (
+        f"Rank {number} is the slowest, computing {seconds(long)} {step}; the quickest computes "
+        f"{seconds(short)}."
+    )
+
+
+def busiest(ranks: Ranks) -> str:
+    """Which rank's experts get the most rows, and how many that is for its stages."""
+    rank = int(ranks.tokens_R.argmax())
+    most, fair = ranks.tokens_R[rank], fair_tokens(ranks)[rank]
+    return (
+        f"The experts of rank {rank} get the most rows, {most:,.0f} a step: {most / fair:.2f} "
+        f"times the mean{_of_stages(ranks, rank, ' of the ranks of ')}."
+    )
+
+
+def fair_tokens(ranks: Ranks) -> Array:
+    """Mean over the ranks that run the same stages, (R,)."""
+    fair_R = np.empty(len(ranks.places))
+    for members in ranks.by_pipeline:
+        fair_R[members] = ranks.tokens_R[members].mean()
+    return fair_R
+
+
+def pace(ranks: Ranks) -> list[float]:
+    """Seconds of computing in a step: of each pipeline place, or with one place of each rank."""
+    if len(ranks.by_pipeline) > 1:
+        return [float(ranks.compute_R[members].mean()) for members in ranks.by_pipeline]
+    return [float(value) for value in ranks.compute_R]
+
+
+def stages(ranks: Ranks, rank: int) -> str:
+    """The stages of a rank by number."""
+    *others, last = map(str, ranks.places[rank].stages)
+    return f"stages {', '.join(others)} and {last}" if others else f"stage {last}"
+
+
+def _of_stages(ranks: Ranks, rank: int, before: str, after: str = "") -> str:
+    """The stages of a rank within a sentence; nothing where all ranks run the same."""
+    is_pipeline = len(ranks.by_pipeline) > 1
+    return f"{before}{stages(ranks, rank)}{after}" if is_pipeline else ""
+
+
+def seconds(value: float) -> str:
+    """Seconds with three significant digits, or whole ones."""
+    return f"{value:#.3g} s" if value < 99.95 else f"{value:.0f} s"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def cosines(*values: float) -> list[str]:
