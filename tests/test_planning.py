@@ -484,10 +484,19 @@ BAD_FITS: dict[str, tuple[ModelSpec, dict[str, Any], str]] = {
         "must begin with nothing more",
     ),
     "no head": (SMOLLM2, stages_of("embedding", "29.feed_forward"), "must end with 'head'"),
-    "one stage too many": (
+    "several stages of one rank": (
         SMOLLM2,
-        {**stages_of("embedding", "7.attention", "7.feed_forward", "head"), "pp": 1},
-        "The plan has 2 stages, but 1f1b runs 1 on each of its 1",
+        {
+            **stages_of("embedding", "7.attention", "7.feed_forward", "head"),
+            "pp": 1,
+            "schedule": "interleaved",
+        },
+        "The plan has 2 stages, but pp 1",
+    ),
+    "a stage too few": (
+        SMOLLM2,
+        {**stages_of("embedding", "7.attention", "7.feed_forward", "head"), "pp": 3},
+        "The plan has 2 stages, but 1f1b runs 1 on each of its 3 pipeline ranks",
     ),
     "a V with one stage a rank": (
         SMOLLM2,

@@ -192,7 +192,13 @@ def _fit_split(splits: Splits, name: str, total: int, ranks: int) -> Split:
 
 def _check_stage_count(plan: TrainPlan) -> None:
     count = plan.pp if plan.stages is None else len(plan.stages)
-    if plan.schedule in V_SHAPED and plan.pp > 1:
+    if plan.pp == 1:
+        if count != 1:
+            raise PlanError(
+                f"The plan has {count} stages, but pp 1, and one rank runs the whole model as one "
+                f"stage. Leave stages out, or raise pp."
+            )
+    elif plan.schedule in V_SHAPED:
         if plan.stages is not None and count != 2 * plan.pp:
             raise PlanError(
                 f"The plan has {count} stages, but {plan.schedule} runs 2 on each of its "
