@@ -130,7 +130,7 @@ def ranks_of_step(plan: TrainPlan, step: int, layers: int = 1) -> dict[str, obje
                 tp=place.tp,
                 stages=layout.stages_of(place.pp),
                 peak_memory_bytes=int(2e9 + 6e8 * (plan.pp - place.pp) + 7e6 * rank),
-                compute_seconds=float(0.7 + 0.2 * place.pp + 0.01 * rank + 0.01 * random.random()),
+                compute_seconds=float(0.7 + 0.2 * place.pp + 0.03 * rank + 0.01 * random.random()),
                 tokens_received=int(30_000 + 2_500 * rank + 900 * random.random()) if layers else 0,
             )
         )

@@ -192,7 +192,7 @@ def fullest(ranks: Ranks) -> str:
     """Which rank held the most memory."""
     memory_R = ranks.peak_memory_R
     rank, most = int(memory_R.argmax()), float(memory_R.max())
-    if memory_R.min() > 0.99 * most:
+    if memory_R.min() > 0.97 * most:
         return f"All are equally full, {byte_count(most)} at most."
     return (
         f"Rank {rank}{_of_stages(ranks, rank, ', of ', ',')} is the fullest with "
@@ -205,7 +205,7 @@ def slowest(ranks: Ranks) -> str:
     rows = pace(ranks)
     long, short = max(rows), min(rows)
     step = f"of a step of {seconds(ranks.seconds)}"
-    if short > 0.99 * long:
+    if short > 0.97 * long:
         return f"All compute equally long, {seconds(long)} {step}."
     number = rows.index(long)
     if len(ranks.by_pipeline) > 1:
