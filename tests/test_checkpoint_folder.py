@@ -416,7 +416,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moesaic.model.build.write_config", interrupt)
+    monkeypatch.setattr("moesaic.checkpoint.folder.write_config", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_model(tiny_model(LLAMA), tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,6 @@ from typing import Any, Self
 from moesaic.checkpoint.blocks import Share
 from moesaic.checkpoint.pieces import Held
 from moesaic.checkpoint.training_state import prune, write_share
-from moesaic.errors import FolderError, MoesaicError
 from moesaic.parallel.agreement import first_does
 from moesaic.parallel.group import ALONE, Group
 
@@ -26,8 +25,8 @@ LAST_WAIT_SECONDS = 60.0
 class StateWriter:
     """Saves the states of a run, one at a time, and keeps the newest.
 
-    Used as a context manager. Leaving it waits for the state under way: until it is there, or after
-    an exception for a minute at most, since a rank may be gone.
+    Used as a context manager. Leaving it waits for the state under way; after an error for a minute
+    at most, since a rank may be gone, and after Ctrl-C not at all.
 
     In the background, `save` copies the blocks that this rank writes into the CPU's memory before
     it returns, and the copy lives until the state is complete. It takes the bytes of the state,
@@ -92,11 +91,8 @@ class StateWriter:
         self._thread.join()
         self._thread = None
         error, self._error = self._error, None
-        if isinstance(error, MoesaicError):
-            raise error
         if error is not None:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise FolderError(f"Saving to {self._checkpoints} failed: {reason}.") from error
+            raise error
 
     def __enter__(self) -> Self:
         return self
@@ -109,7 +105,7 @@ class StateWriter:
     ) -> None:
         if error is None:
             self.wait()
-        elif self._thread is not None:
+        elif self._thread is not None and isinstance(error, Exception):
             self._thread.join(LAST_WAIT_SECONDS)
 
     def _try_to_write(self, *state: Any) -> None:

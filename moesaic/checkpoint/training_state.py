@@ -11,7 +11,10 @@ number of ranks and read by any other (`blocks`), with `state.json` and `config.
 It is written under a hidden name, flushed and renamed, so that a state either is there as a
 whole or not at all. Every rank writes and hashes its own file; rank 0 makes the folder, writes
 the rest and renames. No step begins before all ranks have done the one before, and what fails on
-one fails on all. `newest` reads every byte against the manifest before it believes one.
+one fails on all. A rank that is lost is no fault of the folder: then the group's own error goes
+through, by which whoever watches the ranks knows to start them again.
+
+`newest` reads every byte against the manifest before it believes one.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from moesaic.checkpoint.blocks import BlockReader, Share
 from moesaic.checkpoint.pieces import Held
 from moesaic.console import note
-from moesaic.errors import FolderError
+from moesaic.errors import FolderError, MoesaicError
 from moesaic.files import NewFolder, not_written
 from moesaic.parallel.agreement import all_do, first_does
 from moesaic.parallel.group import ALONE, Group
@@ -110,7 +113,7 @@ def write_share(
 ) -> Path:
     """The second half of `save_state`, once it is clear what each rank writes."""
     folder = checkpoints / f"step-{step:08d}"
-    with _failing(folder), _hidden(folder, writers) as path:
+    with _hidden(folder, writers) as path:
         mine = all_do(writers, lambda: _write_blocks(folder, path, share, writers))
         theirs = writers.objects(mine)
         first_does(writers, lambda: _write_rest(folder, path, share, theirs, facts, config_toml))
@@ -185,17 +188,16 @@ def _write_rest(
 
 @contextmanager
 def _failing(folder: Path) -> Iterator[None]:
-    """Make what can go wrong while `folder` is written an error that names it."""
+    """Make what goes wrong while `folder` is written an error that the other ranks can share."""
     try:
         yield
-    except OSError as error:
-        raise not_written(folder, error) from error
-    except RuntimeError as error:
-        # Neither torch's zip writer nor a group that has lost a rank raises anything narrower.
+    except MoesaicError:
+        raise
+    except Exception as error:
         behind = _os_error_behind(error)
         if behind is not None:
             raise not_written(folder, behind) from error
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise FolderError(f"{folder} was not written: {reason}.") from error
 
 

@@ -14,16 +14,13 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.folder import (
-    WeightWriter,
     check_complete,
-    copy_tokenizer,
     read_finite,
     read_spec,
-    write_config,
+    write_model,
 )
 from moesaic.checkpoint.names import Entry, disk_entries
 from moesaic.checkpoint.pieces import Held, pieces
-from moesaic.files import NewFolder
 from moesaic.model.transformer import Transformer
 from moesaic.quantization.reader import WideReader
 from moesaic.spec import ModelSpec
@@ -148,21 +145,16 @@ def save_model(
     Raises:
         FolderError: `out` is taken, or cannot be written.
     """
-    out = Path(out)
     state = model.state_dict()
-    entries = disk_entries(model.spec)
-    buffers = {name for name, _ in model.named_buffers()}
-    dtypes = [state[e.param].dtype if e.param in buffers else dtype for e in entries]
-    plan = [(e.name, kind, e.shape) for e, kind in zip(entries, dtypes, strict=True)]
-    with NewFolder(out, overwrite=overwrite) as new:
-        writer = WeightWriter(new.path, plan)
-        for entry, kind in zip(entries, dtypes, strict=True):
-            writer.write(entry.name, _place(state, entry).detach().to("cpu", kind))
-        writer.close()
-        write_config(new.path, model.spec, dtype=str(dtype).removeprefix("torch."))
-        if like is not None:
-            copy_tokenizer(Path(like), new.path)
-    return out
+    return write_model(
+        Path(out),
+        model.spec,
+        lambda entry: _place(state, entry),
+        dtype=dtype,
+        buffers={name: buffer.dtype for name, buffer in model.named_buffers()},
+        like=None if like is None else Path(like),
+        overwrite=overwrite,
+    )
 
 
 def _place(state: dict[str, Tensor], entry: Entry) -> Tensor:
