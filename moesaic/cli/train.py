@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import moesaic
 from moesaic.cli.show import size
 from moesaic.cli.verb import Summary, verb
+from moesaic.config import to_toml
+from moesaic.parallel.launch import environment_world, start_ranks
+from moesaic.planning.plan import TrainPlan
 from moesaic.training.config import TrainConfig
 
 
@@ -30,7 +36,22 @@ def status(done: Mapping[str, Any]) -> int:
     return 0 if done["stopped_by"] is None else 130
 
 
-@verb(TrainConfig, recipe=True, show=show, status=status)
+def start(config: TrainConfig, as_json: bool) -> int | None:
+    """Start the plan's ranks on this machine, unless this process is one of them or all."""
+    size = 1 if config.plan is None else TrainPlan.load(config.plan).world_size
+    if size == 1 or environment_world() is not None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="moesaic-train-") as folder:
+        recipe = Path(folder) / "recipe.toml"
+        recipe.write_text(to_toml(config), encoding="utf-8")
+        command = [sys.executable, "-m", "moesaic", "train", str(recipe)]
+        # The first rank prints the result here; the others print into their logs.
+        return start_ranks(
+            [*command, "--json"] if as_json else command, size=size, config=config.launch
+        )
+
+
+@verb(TrainConfig, recipe=True, show=show, status=status, elsewhere=start)
 def train(config: TrainConfig) -> Summary:
     """Train a model, dense or mixture of experts: pre-training, continued training, fine-tuning."""
     summary: Summary = moesaic.train(config)

@@ -50,6 +50,7 @@ def verb(
     recipe: bool = False,
     streams: bool = False,
     status: Callable[[Summary], int] = lambda _: 0,
+    elsewhere: Callable[[Any, bool], int | None] = lambda config, as_json: None,
 ) -> Callable[[Callable[..., Summary]], Callable[..., int]]:
     """Turn a function of one Config into a command.
 
@@ -61,6 +62,9 @@ def verb(
         streams: The function also takes `on_text`, which prints text as it comes; it is None
             where the result is to be JSON.
         status: The exit status that a summary ends with.
+        elsewhere: Called with the config, and whether the result is to be JSON, before the job. It
+            may have other processes do the job and print its result, and then returns their exit
+            status; None if the job is to be done here.
     """
 
     def decorate(job: Callable[..., Summary]) -> Callable[..., int]:
@@ -78,6 +82,8 @@ def verb(
             if dry_run:
                 print(to_toml(config), end="")
                 return 0
+            if (done := elsewhere(config, as_json)) is not None:
+                return done
             also = {"on_text": None if as_json else _writer(sys.stdout)} if streams else {}
             # Only results may reach stdout, whatever a library prints.
             with contextlib.redirect_stdout(sys.stderr):
