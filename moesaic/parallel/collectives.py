@@ -10,6 +10,7 @@
 once a rank. Each is the identity in a group of one.
 
 Shapes.  A lower-case letter is this rank's part of what its capital counts.
+    B sequences     S positions     T = B * S tokens
 """
 
 from __future__ import annotations
@@ -77,6 +78,21 @@ def gather_same(x: Tensor, split: Split, group: Group, *, dim: int) -> Tensor:
         return x
     joined: Tensor = _GatherSame.apply(x, split, group, dim)  # type: ignore[no-untyped-call]
     return joined
+
+
+def own_tokens(x_TE: Tensor, sequences: int, positions: Split, group: Group) -> Tensor:
+    """Rows of the tokens at this rank's positions, (B * S, ...) -> (B * s, ...)."""
+    if group.size == 1:
+        return x_TE
+    return own_part(x_TE.unflatten(0, (sequences, -1)), positions, group, dim=1).flatten(0, 1)
+
+
+def gather_same_tokens(x_tE: Tensor, sequences: int, positions: Split, group: Group) -> Tensor:
+    """`gather_same` of such rows, (B * s, ...) -> (B * S, ...)."""
+    if group.size == 1:
+        return x_tE
+    shape = (sequences, positions.sizes[group.rank])  # not -1: a rank may have no position
+    return gather_same(x_tE.unflatten(0, shape), positions, group, dim=1).flatten(0, 1)
 
 
 def exchange(

@@ -61,7 +61,7 @@ class Group:
         mine = x_r.contiguous().view(-1)
         joined = mine.new_empty(sum(counts))
         if min(sizes) == max(sizes):
-            dist.all_gather_into_tensor(joined, mine, group=self.process_group)
+            _all_gather(joined, mine, group=self.process_group)
         else:
             # gloo has no uneven gather, and NCCL's is a row of broadcasts.
             send = [mine.numel()] * self.size
@@ -137,6 +137,9 @@ class Group:
         if self.size > 1:
             dist.barrier(group=self.process_group)
 
+
+# Its name since torch 2.13, which warns of the older one.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 ALONE = Group()
 """This process and no other."""
