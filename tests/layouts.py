@@ -251,7 +251,9 @@ CASES: dict[str, Case] = {
     "tp2 qwen by sequence": Case(plan(tp=2), spec=QWEN, routing=BY_SEQUENCE),
     "tp2 dense": Case(plan(tp=2), spec=DENSE),
     "tp3": Case(plan(tp=3)),
-    "tp4, an idle rank in attention": Case(plan(tp=4)),
+    "tp4, an idle rank in attention": Case(
+        plan(tp=4, splits=Splits(kv_heads=Split.from_counts([1, 1, 0, 1])))
+    ),
     "tp4, nine heads over four": Case(plan(tp=4), spec=SKYWORK),
     "tp4, six experts over four, dropping": Case(plan(tp=4), spec=SKYWORK, routing=DROPPING),
     "tp4, chosen splits": Case(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -87,6 +88,9 @@ def fitted(plan: TrainPlan, spec: ModelSpec, name: str) -> Layout:
         sizes = [count * least for count in counts]
         sizes[-1] += totals[key] - sum(sizes)
         raw["splits"][key] = [list(span) for span in Split.from_counts(sizes).spans]
+    if plan.tp > spec.num_kv_heads:
+        raw["splits"]["kv_heads"] = Split.balanced(spec.num_kv_heads, plan.tp).spans
+        raw = json.loads(json.dumps(raw))
     if name in EDGES:
         names = unit_names(spec)
         edges = [*EDGES[name], num_units(spec)]

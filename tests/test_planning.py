@@ -325,7 +325,8 @@ def test_experts_over_etp_have_their_columns_on_the_tensor_ranks() -> None:
     [(1, [9]), (2, [6, 3]), (3, [3, 3, 3]), (4, [3, 3, 3, 0])],
 )
 def test_query_heads_go_with_their_key_value_head(tp: int, heads: list[int]) -> None:
-    layout = fit(plan_of(tp=tp), SMOLLM2)
+    kv_heads = Split.balanced(3, tp).spans
+    layout = fit(plan_of(tp=tp, splits={"kv_heads": [list(span) for span in kv_heads]}), SMOLLM2)
     spans = [layout.shard(rank).heads for rank in range(tp)]
     assert [end - start for start, end in spans] == heads
     for rank, (start, end) in enumerate(spans):
@@ -341,10 +342,10 @@ def test_36_heads_over_8_ranks_are_5_and_4_each() -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"tp": 4}, "all_to_all"),
+        ({"tp": 3}, "all_to_all"),
         ({"tp": 2}, "all_gather"),
         ({"tp": 2, "dispatch": "all_to_all"}, "all_to_all"),
-        ({"tp": 4, "dispatch": "all_gather"}, "all_gather"),
+        ({"tp": 3, "dispatch": "all_gather"}, "all_gather"),
         ({"tp": 2, "dp": 2, "experts_over": "ep"}, "all_to_all"),
     ],
 )
@@ -461,6 +462,7 @@ BAD_FITS: dict[str, tuple[ModelSpec, dict[str, Any], str]] = {
         {"tp": 2, "splits": {"ffn": [[0, 6144], [6144, 12288]]}},
         "the model's 1536",
     ),
+    "a rank without a head": (SMOLLM2, {"tp": 4}, "tp is 4, but the model has 3 key-value heads"),
     "a layer too far": (SMOLLM2, {"recompute": {"30": "full"}}, "layer 30, but .* 0 to 29"),
     "more stages than layers": (SMOLLM2, {"pp": 31}, "31 stages, but the model only 30 layers"),
     "an unknown unit": (
@@ -597,7 +599,7 @@ def _everything_held(layout: Layout, rank: int) -> dict[str, Any]:
         *(json.loads(text) for text in EXAMPLES),
         *(json.loads(path.read_text()) for path in RECIPES),
         {**HEAD, "pp": 3, "dp": 2, "tp": 3, "experts_over": "ep", "ep": 2},
-        {**HEAD, "pp": 2, "tp": 4, "schedule": "interleaved"},
+        {**HEAD, "pp": 2, "tp": 3, "schedule": "interleaved"},
         {**HEAD, "pp": 2, "schedule": "dualpipev"},
         {**HEAD, "pp": 2, "schedule": "zb1p"},
     ],

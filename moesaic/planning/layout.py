@@ -145,6 +145,11 @@ def fit(plan: TrainPlan, spec: ModelSpec) -> Layout:
         )
     splits = plan.splits
     _check_stage_count(plan)
+    if splits.kv_heads is None and plan.tp > spec.num_kv_heads:
+        raise PlanError(
+            f"The plan's tp is {plan.tp}, but the model has {spec.num_kv_heads} key-value heads: "
+            f"a rank would hold none. Lower tp, or say so with splits.kv_heads."
+        )
     for layer in plan.recompute:
         if layer >= spec.num_layers:
             raise PlanError(

@@ -33,6 +33,7 @@ class RunFolder:
     def __init__(self, path: Path, *, resume: Literal["auto", "never"]) -> None:
         self.path = path
         self.config = path / "config.toml"
+        self.plan = path / "plan.json"
         self.hardware = path / "hardware.json"
         self.machine = path / "machine.json"
         self.summary = path / "summary.json"
@@ -42,6 +43,7 @@ class RunFolder:
         self.similarity = path / "routing" / "similarity.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"
         self.model = path / "model"
         self._resume = resume
         self._lock: BinaryIO | None = None
@@ -90,7 +92,7 @@ class RunFolder:
                 f"Choose another folder, or say resume auto to go on with it."
             )
         # A run that was killed while it began may have left less than a config.toml.
-        if not names <= {".lock", ".config.toml.partial", "routing", "checkpoints"} and (
+        if not names <= {".lock", ".config.toml.partial", "routing", "checkpoints", "logs"} and (
             "config.toml" not in names
         ):
             raise FolderError(

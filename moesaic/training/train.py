@@ -34,9 +34,12 @@ from moesaic.model.build import save_model
 from moesaic.moe.balance import AdaptiveCoefficient
 from moesaic.moe.statistics import RoutingStatistics
 from moesaic.parallel.agreement import all_do, first_does
+from moesaic.parallel.join import joined
+from moesaic.parallel.watch import Watch
 from moesaic.parallel.world import World
 from moesaic.planning.layout import Layout, fit
 from moesaic.planning.plan import Recompute, TrainPlan
+from moesaic.planning.schedules import check_micro_batches
 from moesaic.spec import ModelSpec
 from moesaic.training.config import TrainConfig
 from moesaic.training.identity import changes, check_identity, identity
@@ -87,14 +90,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
     spec = read_spec(config.model)
     folder = TokenFolder(config.data.tokens)
     layout = fit(TrainPlan() if config.plan is None else TrainPlan.load(config.plan), spec)
-    config = with_plan(config, layout.plan)
+    config = with_plan(config, layout)
     _check_fit(config, spec, folder)
     run = RunFolder(config.run, resume=config.resume)
-    with ExitStack() as stack:
+    device = _device(config)
+    with (
+        joined(layout.plan.world_size, device=device.type, config=config.launch) as watch,
+        ExitStack() as stack,
+    ):
         world = World.join(layout, _device(config))
         stop = stack.enter_context(_StopRequest(world))
         # Only the first rank holds the folder; the others know where things lie in it.
         first_does(world.everyone, lambda: _enter(stack, run))
+        watch.describe(_place_in_words(world))
+        watch.keep_log(run.logs)
         ours, toml = identity(config), to_toml(config)
         finished = first_does(world.everyone, lambda: _finished(config, run, ours))
         if finished is not None:
@@ -103,11 +112,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
         state = newest(run.checkpoints, world.writers)
         first_does(world.everyone, lambda: _begin(config, run, state, ours, toml))
         with reused_memory():
-            return _train_from(state, config, run, world=world, folder=folder, ours=ours, stop=stop)
+            return _train_from(
+                state,
+                config,
+                run,
+                world=world,
+                folder=folder,
+                ours=ours,
+                stop=stop,
+                watch=watch,
+            )
 
 
 def _enter(stack: ExitStack, run: RunFolder) -> None:
     stack.enter_context(run)
+
+
+def _place_in_words(world: World) -> str:
+    if len(world.layout.stages) == 1:
+        return ""
+    numbers = " and ".join(map(str, world.stages))
+    return f"stage {numbers}" if len(world.stages) == 1 else f"stages {numbers}"
 
 
 def _begin(
@@ -120,6 +145,8 @@ def _begin(
     if state is not None:
         _check_resume(config, state, ours, toml)
     write_text_atomic(run.config, toml)
+    if config.plan is not None:
+        TrainPlan.load(config.plan).save(run.plan)
     write_machine(run, _device(config))
 
 
@@ -132,11 +159,14 @@ def _train_from(
     folder: TokenFolder,
     ours: Mapping[str, Any],
     stop: _StopRequest,
+    watch: Watch,
 ) -> dict[str, Any]:
     """Hold the model and its moments from the first step to the last, and no longer."""
     job = all_do(world.everyone, lambda: _Job.set_up(config, world, state))
     toml = to_toml(config)
-    _run(job, run, folder=folder, facts={"identity": ours}, toml=toml, stop=stop)
+    watch.progress(job.step)
+    _run(job, run, folder=folder, facts={"identity": ours}, toml=toml, stop=stop, watch=watch)
+    watch.progress(job.step, "writing the model")
     return _finish(job, run, state=state, identity=ours, stop=stop)
 
 
@@ -254,6 +284,7 @@ def _run(
     facts: Mapping[str, Any],
     toml: str,
     stop: _StopRequest,
+    watch: Watch,
 ) -> None:
     """Step, tell and checkpoint until the last step or a request to stop."""
     config, world, device = job.config, job.model.world, job.model.world.device
@@ -280,6 +311,7 @@ def _run(
             done = job.take_step(order, last_state=_last_state(saved_step))
             seconds = time.perf_counter() - begin
             job.seconds += seconds
+            watch.progress(job.step)
             if metrics is not None:
                 metrics.add(
                     {
@@ -310,8 +342,10 @@ def _run(
                 if metrics is not None:
                     metrics.sync()
                 if is_due or not is_last or config.checkpoint.at_end or world.everyone.size > 1:
+                    watch.progress(job.step, "writing a checkpoint")
                     _save(job, states, facts=facts, toml=toml)
                     saved_step = job.step
+                    watch.progress(job.step)
 
 
 def _tell_of_ranks(job: _Job, metrics: Metrics | None, seconds: float) -> None:
@@ -522,13 +556,13 @@ def recompute_choices(config: TrainConfig, layout: Layout) -> dict[int, Recomput
     return dict.fromkeys(layers, "full")
 
 
-def with_plan(config: TrainConfig, plan: TrainPlan) -> TrainConfig:
+def with_plan(config: TrainConfig, layout: Layout) -> TrainConfig:
     """The config with the plan's micro-batch, if it states one; a step keeps its rows.
 
     Raises:
         PlanError: A step's rows or micro-batches cannot be dealt out so.
     """
-    data = config.data
+    data, plan = config.data, layout.plan
     if plan.micro_batch is not None and plan.micro_batch != data.micro_batch:
         rows = data.micro_batch * data.accumulation
         if rows % plan.micro_batch:
@@ -544,6 +578,9 @@ def with_plan(config: TrainConfig, plan: TrainPlan) -> TrainConfig:
             f"A step has {data.accumulation} micro-batches, which {plan.dp} data-parallel ranks "
             f"cannot share equally. Make data.accumulation a multiple of dp."
         )
+    check_micro_batches(
+        plan.schedule, data.accumulation // plan.dp, ranks=plan.pp, stages=len(layout.stages)
+    )
     return replace(config, data=data)
 
 
@@ -551,7 +588,8 @@ def _device(config: TrainConfig) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch finds no GPU. Use device auto or cpu.")
     wants_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if wants_gpu else "cpu")
+    # In a world of several ranks each has been given a GPU of its own.
+    return torch.device("cuda", torch.cuda.current_device()) if wants_gpu else torch.device("cpu")
 
 
 def _last_state(step: int) -> str:
