@@ -80,8 +80,31 @@ class Job:
     def process_of(self, rank: int, *, attempt: int = 0) -> int:
         return int(self.wait_for(f"process-{rank}-{attempt}").read_text())
 
+    def clean_up(self) -> None:
+        """Leave no process behind, whatever became of the test."""
+        if self.process.poll() is None:
+            self.process.kill()
+            for path in self.folder.glob("process-*"):
+                if is_alive(int(path.read_text())):
+                    os.kill(int(path.read_text()), signal.SIGKILL)
+            self.process.communicate()
+
     def log(self, rank: int) -> str:
         return (self.folder / "logs" / f"rank-{rank}.log").read_text()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a job; none outlives the test."""
+    jobs = []
+
+    def start_job(**asked) -> Job:
+        jobs.append(Job(tmp_path, **asked))
+        return jobs[-1]
+
+    yield start_job
+    for job in jobs:
+        job.clean_up()
 
 
 def wait_until(holds: Callable[[], object], seconds: float = 60.0) -> None:
@@ -92,14 +115,15 @@ def wait_until(holds: Callable[[], object], seconds: float = 60.0) -> None:
 
 
 def is_alive(process: int) -> bool:
+    """Whether it is still a rank of ours: a zombie has no arguments, and numbers come again."""
     try:
-        return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2][:3]
+        return b"launch_worker" in Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
         return False
 
 
-def test_ranks_start_finish_and_only_the_first_prints(tmp_path):
-    job = Job(tmp_path, size=3)
+def test_ranks_start_finish_and_only_the_first_prints(start):
+    job = start(size=3)
     assert job.end() == (0, "rank 0: 42\n", [])
     assert job.stderr == "hello from 0\n"
     for rank in range(3):
@@ -108,21 +132,21 @@ def test_ranks_start_finish_and_only_the_first_prints(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_refusal_is_said_once_with_its_status_and_not_tried_again(tmp_path, rank):
-    job = Job(tmp_path, size=2, faults={rank: "refuse"}, always=True)
+def test_a_refusal_is_said_once_with_its_status_and_not_tried_again(start, tmp_path, rank):
+    job = start(size=2, faults={rank: "refuse"}, always=True)
     assert job.end() == (2, "", ["moesaic: steps are 3, which is too many."])
     assert "Traceback" not in job.stderr
     assert len(list(tmp_path.glob("process-*"))) == 2
 
 
 @pytest.mark.slow
-def test_ranks_that_refuse_together_say_so_once(tmp_path):
-    job = Job(tmp_path, size=2, faults={0: "refuse", 1: "refuse"})
+def test_ranks_that_refuse_together_say_so_once(start):
+    job = start(size=2, faults={0: "refuse", 1: "refuse"})
     assert job.end() == (2, "", ["moesaic: steps are 3, which is too many."])
 
 
-def test_a_killed_rank_is_named_and_all_start_again(tmp_path):
-    job = Job(tmp_path, size=2, faults={1: "kill"})
+def test_a_killed_rank_is_named_and_all_start_again(start):
+    job = start(size=2, faults={1: "kill"})
     status, out, said = job.end()
     assert (status, out) == (0, "rank 0: 24\n")
     assert said == [
@@ -133,8 +157,8 @@ def test_a_killed_rank_is_named_and_all_start_again(tmp_path):
     assert job.log(1).count("hello from 1\n") == 2
 
 
-def test_asked_to_stop_ranks_end_in_good_order(tmp_path):
-    job = Job(tmp_path, size=2, steps=10_000, pause=0.02)
+def test_asked_to_stop_ranks_end_in_good_order(start, tmp_path):
+    job = start(size=2, steps=10_000, pause=0.02)
     job.wait_for("step-1")
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == (130, "", [])
@@ -143,8 +167,8 @@ def test_asked_to_stop_ranks_end_in_good_order(tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_outside_of_their_grace_are_killed(tmp_path):
-    job = Job(tmp_path, size=2, faults={1: "sleep"}, config={"grace_seconds": 1})
+def test_ranks_outside_of_their_grace_are_killed(start):
+    job = start(size=2, faults={1: "sleep"}, config={"grace_seconds": 1})
     processes = [job.process_of(rank) for rank in range(2)]
     job.wait_for("step-1")
     job.process.send_signal(signal.SIGTERM)
@@ -158,8 +182,8 @@ def test_ranks_outside_of_their_grace_are_killed(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_signal_kills_at_once(tmp_path):
-    job = Job(tmp_path, size=2, faults={1: "sleep"})
+def test_a_second_signal_kills_at_once(start):
+    job = start(size=2, faults={1: "sleep"})
     processes = [job.process_of(rank) for rank in range(2)]
     job.wait_for("step-1")
     job.process.send_signal(signal.SIGINT)
@@ -183,8 +207,8 @@ def test_ranks_that_do_not_come_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_fault_of_one_rank_is_said_once_and_not_tried_again(tmp_path):
-    job = Job(tmp_path, size=2, faults={1: "bug"}, always=True)
+def test_a_fault_of_one_rank_is_said_once_and_not_tried_again(start, tmp_path):
+    job = start(size=2, faults={1: "bug"}, always=True)
     status, _, said = job.end()
     assert status == 1
     assert said == [
@@ -197,8 +221,8 @@ def test_a_fault_of_one_rank_is_said_once_and_not_tried_again(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_stopped_rank_is_named_and_all_start_again(tmp_path, rank):
-    job = Job(tmp_path, size=3, faults={rank: "stop"}, config={"hang_seconds": 5})
+def test_a_stopped_rank_is_named_and_all_start_again(start, rank):
+    job = start(size=3, faults={rank: "stop"}, config={"hang_seconds": 5})
     stopped = job.process_of(rank)
     status, out, said = job.end()
     assert (status, out) == (0, "rank 0: 42\n")
@@ -210,9 +234,9 @@ def test_a_stopped_rank_is_named_and_all_start_again(tmp_path, rank):
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_ends_the_job_within_the_stated_time(tmp_path):
+def test_a_stopped_rank_ends_the_job_within_the_stated_time(start):
     config = {"hang_seconds": 5, "max_restarts": 0}
-    job = Job(tmp_path, size=2, faults={1: "stop"}, config=config)
+    job = start(size=2, faults={1: "stop"}, config=config)
     process = job.process_of(1)
     wait_until(lambda: Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] == "T")
     begin = time.monotonic()
@@ -227,9 +251,9 @@ def test_a_stopped_rank_ends_the_job_within_the_stated_time(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_named_with_its_line_of_code(tmp_path):
+def test_a_rank_that_hangs_is_named_with_its_line_of_code(start):
     config = {"wait_seconds": 5, "max_restarts": 0}
-    job = Job(tmp_path, size=3, faults={1: "sleep"}, config=config)
+    job = start(size=3, faults={1: "sleep"}, config=config)
     status, _, said = job.end()
     assert status == 3
     assert said[0].startswith(
@@ -240,8 +264,8 @@ def test_a_rank_that_hangs_is_named_with_its_line_of_code(tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_that_were_all_stopped_for_long_accuse_nobody(tmp_path):
-    job = Job(tmp_path, size=2, steps=100, pause=0.02, config={"hang_seconds": 5})
+def test_ranks_that_were_all_stopped_for_long_accuse_nobody(start):
+    job = start(size=2, steps=100, pause=0.02, config={"hang_seconds": 5})
     processes = [job.process_of(rank) for rank in range(2)]
     job.wait_for("step-1")
     for process in processes:
@@ -255,8 +279,8 @@ def test_ranks_that_were_all_stopped_for_long_accuse_nobody(tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_end_in_good_order_when_who_started_them_is_killed(tmp_path):
-    job = Job(tmp_path, size=2, steps=10_000, pause=0.02)
+def test_ranks_end_in_good_order_when_who_started_them_is_killed(start, tmp_path):
+    job = start(size=2, steps=10_000, pause=0.02)
     processes = [job.process_of(rank) for rank in range(2)]
     job.wait_for("step-1")
     job.process.kill()
@@ -266,9 +290,8 @@ def test_ranks_end_in_good_order_when_who_started_them_is_killed(tmp_path):
 
 
 @pytest.mark.slow
-def test_under_torchrun_a_killed_rank_is_named_and_all_start_again(tmp_path):
-    job = Job(
-        tmp_path,
+def test_under_torchrun_a_killed_rank_is_named_and_all_start_again(start):
+    job = start(
         torchrun=("--nproc-per-node", "2", "--max-restarts", "1"),
         size=2,
         faults={1: "kill"},
@@ -279,9 +302,8 @@ def test_under_torchrun_a_killed_rank_is_named_and_all_start_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_under_torchrun_a_refusal_is_said_once_whatever_the_restarts(tmp_path):
-    job = Job(
-        tmp_path,
+def test_under_torchrun_a_refusal_is_said_once_whatever_the_restarts(start, tmp_path):
+    job = start(
         torchrun=("--nproc-per-node", "2", "--max-restarts", "2"),
         size=2,
         faults={1: "refuse"},
@@ -293,10 +315,10 @@ def test_under_torchrun_a_refusal_is_said_once_whatever_the_restarts(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_start_again_though_their_agents_count_restarts_differently(tmp_path):
+def test_two_machines_start_again_though_their_agents_count_restarts_differently(start):
     with_port = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
     torchrun = ("--nnodes", "2", "--nproc-per-node", "1", *with_port, "--max-restarts", "2")
-    jobs = [Job(tmp_path, torchrun=torchrun, size=2, faults={1: "kill"}) for _ in range(2)]
+    jobs = [start(torchrun=torchrun, size=2, faults={1: "kill"}) for _ in range(2)]
     ends = [job.end(seconds=180) for job in jobs]
     assert [status for status, _, _ in ends] == [0, 0]
     assert sorted(out for _, out, _ in ends) == ["", "rank 0: 24\n"]
@@ -309,8 +331,8 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_than_the_plan_has_is_refused_once(tmp_path):
-    job = Job(tmp_path, torchrun=("--nproc-per-node", "2"), size=4)
+def test_another_number_of_ranks_than_the_plan_has_is_refused_once(start):
+    job = start(torchrun=("--nproc-per-node", "2"), size=4)
     status, _, said = job.end()
     assert status == 1
     assert said == [
