@@ -86,6 +86,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
         FolderError: A folder cannot be read or written. Earlier checkpoints are as they were.
         TrainingError: A loss or gradient is not finite. No weight was touched.
     """
+    size = 1 if config.plan is None else TrainPlan.load(config.plan).world_size
+    # First of all, so that what is wrong is said by one rank and not by each.
+    with (
+        joined(size, device=_device(config).type, config=config.launch) as watch,
+        ExitStack() as stack,
+    ):
+        return _train_joined(config, watch, stack)
+
+
+def _train_joined(config: TrainConfig, watch: Watch, stack: ExitStack) -> dict[str, Any]:
+    """What a rank does once all are there."""
     _check_inputs(config)
     spec = read_spec(config.model)
     folder = TokenFolder(config.data.tokens)
@@ -93,35 +104,30 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config = with_plan(config, layout)
     _check_fit(config, spec, folder)
     run = RunFolder(config.run, resume=config.resume)
-    device = _device(config)
-    with (
-        joined(layout.plan.world_size, device=device.type, config=config.launch) as watch,
-        ExitStack() as stack,
-    ):
-        world = World.join(layout, _device(config))
-        stop = stack.enter_context(_StopRequest(world))
-        # Only the first rank holds the folder; the others know where things lie in it.
-        first_does(world.everyone, lambda: _enter(stack, run))
-        watch.describe(_place_in_words(world))
-        watch.keep_log(run.logs)
-        ours, toml = identity(config), to_toml(config)
-        finished = first_does(world.everyone, lambda: _finished(config, run, ours))
-        if finished is not None:
-            return finished
-        first_does(world.everyone, lambda: remove_leftovers(run.checkpoints))
-        state = newest(run.checkpoints, world.writers)
-        first_does(world.everyone, lambda: _begin(config, run, state, ours, toml))
-        with reused_memory():
-            return _train_from(
-                state,
-                config,
-                run,
-                world=world,
-                folder=folder,
-                ours=ours,
-                stop=stop,
-                watch=watch,
-            )
+    world = World.join(layout, _device(config))
+    stop = stack.enter_context(_StopRequest(world))
+    # Only the first rank holds the folder; the others know where things lie in it.
+    first_does(world.everyone, lambda: _enter(stack, run))
+    watch.describe(_place_in_words(world))
+    watch.keep_log(run.logs)
+    ours, toml = identity(config), to_toml(config)
+    finished = first_does(world.everyone, lambda: _finished(config, run, ours))
+    if finished is not None:
+        return finished
+    first_does(world.everyone, lambda: remove_leftovers(run.checkpoints))
+    state = newest(run.checkpoints, world.writers)
+    first_does(world.everyone, lambda: _begin(config, run, state, ours, toml))
+    with reused_memory():
+        return _train_from(
+            state,
+            config,
+            run,
+            world=world,
+            folder=folder,
+            ours=ours,
+            stop=stop,
+            watch=watch,
+        )
 
 
 def _enter(stack: ExitStack, run: RunFolder) -> None:
