@@ -12,7 +12,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 RUN := .venv/bin/python -m
 JOBS ?= 2
 # One thread a test process: threads that wait for each other on busy cores cost more than they bring.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) --dist worksteal
 
 demo: environment
 	$(RUN) moesaic demo
