@@ -538,7 +538,6 @@ def test_a_plan_that_is_not_for_this_model_is_refused_in_one_line(
 def test_the_recipes_plans_fit_the_model_they_name(path: Path) -> None:
     plan = TrainPlan.load(path)
     layout = fit(plan, SMOLLM2)
-    assert str(plan.about["model"]).startswith("smollm2-135m")
     assert plan.world_size > 1
     assert layout.summary().startswith(f"pp {plan.pp} x dp {plan.dp} x tp {plan.tp}")
 

@@ -55,12 +55,12 @@ def folder(tmp_path_factory):
     return root
 
 
-def test_every_command_prints_what_the_readme_shows(folder, monkeypatch, capsys):
+def test_every_command_prints_what_the_readme_shows(folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     assert len(commands()) >= 10
     for words, expected in commands():
         assert run(words) == 0
-        printed = capsys.readouterr().out.splitlines()
+        printed = capfd.readouterr().out.splitlines()
         assert matches(printed, expected), "\n".join([" ".join(words), *printed])
 
 
