@@ -86,21 +86,22 @@ def add_copies(y_ND: Tensor, plan: Dispatch) -> Tensor:
 
 
 def _sum_copies(
-    rows_ND: Tensor, gates_TK: Tensor | None, plan: Dispatch, *, is_wide: bool = False
+    rows_ND: Tensor, weights_TK: Tensor | None, plan: Dispatch, dtype: torch.dtype
 ) -> Tensor:
-    # One copy at a time: K is small, and a (T, K, D) tensor would be the largest one here.
-    total_TD: Tensor | None = None
+    """Weigh and add up in `dtype`; returned in that of the rows."""
     if rows_ND.shape[0] == 0:
         return rows_ND.new_zeros(plan.rows_TK.shape[0], rows_ND.shape[1])
+    keep_TK = plan.keep_TK
+    if keep_TK is not None:
+        # A dropped copy weighs nothing; to mask its row would be another pass over all rows.
+        weights_TK = keep_TK.to(dtype) if weights_TK is None else weights_TK.where(keep_TK, 0.0)
+    total_TD: Tensor | None = None
+    # One copy at a time: K is small, and a (T, K, D) tensor would be the largest one here.
     for k in range(plan.rows_TK.shape[1]):
-        part_TD = rows_ND[plan.rows_TK[:, k]]
-        if gates_TK is not None:
-            part_TD = part_TD * gates_TK[:, k, None]
-        elif is_wide:
-            part_TD = part_TD.to(torch.promote_types(part_TD.dtype, torch.float32))
-        if plan.keep_TK is not None:
-            part_TD = part_TD.where(plan.keep_TK[:, k, None], 0.0)
-        total_TD = part_TD if total_TD is None else total_TD + part_TD
+        part_TD = rows_ND.index_select(0, plan.rows_TK[:, k])
+        if weights_TK is not None:
+            part_TD = part_TD * weights_TK[:, k, None]
+        total_TD = part_TD.to(dtype) if total_TD is None else total_TD.add_(part_TD)
     assert total_TD is not None, f"{plan.rows_TK.shape=}"
     return total_TD.to(rows_ND.dtype)
 
@@ -109,22 +110,22 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, plan: Dispatch) -> Tensor:
         ctx.plan = plan
-        return x_TD[plan.tokens_N]
+        return x_TD.index_select(0, plan.tokens_N)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
-        return _sum_copies(grad_ND, None, ctx.plan), None
+        return _sum_copies(grad_ND, None, ctx.plan, grad_ND.dtype), None
 
 
 class _AddCopies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_ND: Tensor, plan: Dispatch) -> Tensor:
         ctx.plan = plan
-        return _sum_copies(y_ND, None, plan, is_wide=True)
+        return _sum_copies(y_ND, None, plan, torch.promote_types(y_ND.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return grad_TD[ctx.plan.tokens_N], None
+        return grad_TD.index_select(0, ctx.plan.tokens_N), None
 
 
 class _Combine(torch.autograd.Function):
@@ -132,13 +133,14 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y_ND: Tensor, gates_TK: Tensor, plan: Dispatch) -> Tensor:
         ctx.save_for_backward(y_ND, gates_TK)
         ctx.plan = plan
-        return _sum_copies(y_ND, gates_TK, plan)
+        dtype = torch.promote_types(y_ND.dtype, gates_TK.dtype)
+        return _sum_copies(y_ND, gates_TK, plan, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         y_ND, gates_TK = ctx.saved_tensors
         plan: Dispatch = ctx.plan
-        grad_ND = grad_TD[plan.tokens_N]
+        grad_ND = grad_TD.index_select(0, plan.tokens_N)
         grad_gates_TK = None
         if ctx.needs_input_grad[1]:
             dots_N = (grad_ND.to(gates_TK.dtype) * y_ND).sum(dim=-1)

@@ -7,10 +7,10 @@
                  parts are added up: less traffic where a token has as many experts as there are
                  ranks, or more
 
-With a row travel the numbers of its experts there and its gates, so that the rank that computes
-also weighs, and one row for each token and rank goes back. Where the columns of an expert are cut
-over ranks too, these first bring their rows together, and add up their products. A group of one
-hands everything through untouched.
+With a row travel the numbers of its experts and its gates, so that the rank that computes also
+weighs, and one row for each token and rank goes back. Where the columns of an expert are cut over
+ranks too, these first bring their rows together, and add up their products. A group of one hands
+everything through untouched.
 
 Shapes.
     T tokens of this rank     D model width     K experts per token     N rows that leave
@@ -32,7 +32,7 @@ from moesaic.parallel.group import ALONE, Group
 from moesaic.planning.split import Split
 
 NOWHERE = -1
-"""Number of an expert that is not here, or whose copy was dropped."""
+"""Stands for the expert of a copy that was dropped."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Arrived:
     x_RD: Tensor
 
     experts_RJ: Tensor
-    """Which of this rank's experts each row is for, counted from its first; NOWHERE for none."""
+    """Which of this rank's experts each row is for, counted from its first."""
 
     gates_RJ: Tensor
     """Weight of each of them."""
 
-    is_all_here: bool
-    """Whether every row names experts of this rank only."""
+    keep_RJ: Tensor | None
+    """False where the copy was dropped or is for another rank; None where all are for this one."""
 
     way_back: _WayBack
 
@@ -62,6 +62,9 @@ class _WayBack:
     receive: tuple[int, ...] = ()
     gathered: Split | None = None
     shared: Split | None = None
+
+
+_NOTHING_SENT = _WayBack()
 
 
 class Exchange:
@@ -102,9 +105,11 @@ class Exchange:
             gates_TK: Their weights, (T, K).
             keep_TK: False where a copy was dropped; None when none was.
         """
-        is_all_here = keep_TK is None and self.ep.size == 1
+        if self.ep.size == self.etp.size == 1:
+            return Arrived(x_TD, experts_TK, gates_TK, keep_TK, _NOTHING_SENT)
         if keep_TK is not None:
             experts_TK = experts_TK.where(keep_TK, NOWHERE)
+        is_all_here = keep_TK is None and self.ep.size == 1
         plan: Dispatch | None = None
         send: tuple[int, ...] = ()
         receive: tuple[int, ...] = ()
@@ -124,12 +129,14 @@ class Exchange:
         if self.etp.size > 1:
             shared = self._rows_of(self.etp, x)
             x, experts, gates = self._gather(self.etp, shared, x, experts, gates)
-        if self.ep.size > 1:
-            start, end = self.experts.spans[self.ep.rank]
-            is_here = (experts >= start) & (experts < end)
-            experts = (experts - start).where(is_here, NOWHERE)
-        way = _WayBack(plan, send, receive, gathered, shared)
-        return Arrived(x, experts, gates, is_all_here=is_all_here, way_back=way)
+        start, end = self.experts.spans[self.ep.rank]
+        return Arrived(
+            x,
+            experts - start,
+            gates,
+            None if is_all_here else (experts >= start) & (experts < end),
+            _WayBack(plan, send, receive, gathered, shared),
+        )
 
     def bring_back(self, y_RD: Tensor, way: _WayBack) -> Tensor:
         """Add up what this rank's tokens got on all ranks, (T, D)."""
@@ -164,10 +171,7 @@ class Exchange:
         if keep_TK is not None:
             leaves_TK &= keep_TK
         plan = plan_dispatch(ranks_TK, num_experts=self.ep.size, keep_TK=leaves_TK)
-        rank_N = ranks_TK.reshape(-1)[plan.copies_N]
-        goes_NK = ranks_TK[plan.tokens_N] == rank_N[:, None]
-        experts_NK = experts_TK[plan.tokens_N].where(goes_NK, NOWHERE)
-        return plan, experts_NK, gather(gates_TK, plan)
+        return plan, experts_TK[plan.tokens_N], gather(gates_TK, plan)
 
     def _exchanged_counts(self, counts_n: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         received_n = self.ep.exchange_counts(counts_n)

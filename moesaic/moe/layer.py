@@ -33,7 +33,7 @@ from moesaic.moe.capacity import (
 )
 from moesaic.moe.config import RoutingConfig
 from moesaic.moe.dispatch import combine, gather, plan_dispatch
-from moesaic.moe.exchange import NOWHERE, Exchange
+from moesaic.moe.exchange import Exchange
 from moesaic.moe.experts import Experts, Implementation
 from moesaic.moe.losses import (
     inject,
@@ -164,15 +164,16 @@ class MoELayer(nn.Module):
         """
         batch, _, width = x_BsD.shape
         parts = Split.from_counts([x_BsD.shape[1]]) if parts is None else parts
-        logits_BSE = collectives.gather_same(self.gate.score(x_BsD), parts, self.tp, dim=1)
-        routed = self.gate.choose(logits_BSE.flatten(0, 1))
+        x_tD = x_BsD.reshape(-1, width)
+        logits_TE = collectives.gather_same_tokens(self.gate.score(x_tD), batch, parts, self.tp)
+        routed = self.gate.choose(logits_TE)
         gates_TK, keep_TK, statistics = routed.gates_TK, None, None
         if routing is not None:
             gates_TK, keep_TK, statistics = self._train_routing(routed, routing, sequences=batch)
         elif self.spec.renormalize and x_BsD.dtype == torch.float32:
             gates_TK = sum_to_one(gates_TK)
         arrived = self.exchange.send(
-            x_BsD.reshape(-1, width),
+            x_tD,
             self._own(routed.experts_TK, batch, parts),
             self._own(gates_TK, batch, parts),
             keep_TK=None if keep_TK is None else self._own(keep_TK, batch, parts),
@@ -180,7 +181,7 @@ class MoELayer(nn.Module):
         plan = plan_dispatch(
             arrived.experts_RJ,
             num_experts=self.experts.w1.shape[0],
-            keep_TK=None if arrived.is_all_here else arrived.experts_RJ != NOWHERE,
+            keep_TK=arrived.keep_RJ,
         )
         rows_ND = gather(arrived.x_RD, plan)
         self.rows += rows_ND.shape[0]
@@ -198,8 +199,7 @@ class MoELayer(nn.Module):
 
     def _own(self, of_all_TK: Tensor, batch: int, parts: Split) -> Tensor:
         """What is said of this rank's tokens, (T, K) -> (t, K)."""
-        of_all_BSK = of_all_TK.unflatten(0, (batch, -1))
-        return collectives.own_part(of_all_BSK, parts, self.tp, dim=1).flatten(0, 1)
+        return collectives.own_tokens(of_all_TK, batch, parts, self.tp)
 
     def _train_routing(
         self, routed: RouterOutput, routing: RoutingStep, *, sequences: int
