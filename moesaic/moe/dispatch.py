@@ -98,10 +98,10 @@ def _sum_copies(
     total_TD: Tensor | None = None
     # One copy at a time: K is small, and a (T, K, D) tensor would be the largest one here.
     for k in range(plan.rows_TK.shape[1]):
-        part_TD = rows_ND.index_select(0, plan.rows_TK[:, k])
+        part_TD = rows_ND.index_select(0, plan.rows_TK[:, k]).to(dtype)
         if weights_TK is not None:
-            part_TD = part_TD * weights_TK[:, k, None]
-        total_TD = part_TD.to(dtype) if total_TD is None else total_TD.add_(part_TD)
+            part_TD.mul_(weights_TK[:, k, None])
+        total_TD = part_TD if total_TD is None else total_TD.add_(part_TD)
     assert total_TD is not None, f"{plan.rows_TK.shape=}"
     return total_TD.to(rows_ND.dtype)
 
@@ -140,15 +140,17 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         y_ND, gates_TK = ctx.saved_tensors
         plan: Dispatch = ctx.plan
-        grad_ND = grad_TD.index_select(0, plan.tokens_N)
+        dtype = torch.promote_types(y_ND.dtype, gates_TK.dtype)
+        # Widened once: a product of two dtypes widens the narrow one anew, and takes longer.
+        grad_ND = grad_TD.index_select(0, plan.tokens_N).to(dtype)
         grad_gates_TK = None
         if ctx.needs_input_grad[1]:
-            dots_N = (grad_ND.to(gates_TK.dtype) * y_ND).sum(dim=-1)
+            dots_N = (grad_ND * y_ND.to(dtype)).sum(dim=-1)
             grad_gates = torch.zeros_like(gates_TK).view(-1)
             grad_gates[plan.copies_N] = dots_N.to(gates_TK.dtype)
             grad_gates_TK = grad_gates.view_as(gates_TK)
         grad_y_ND = None
         if ctx.needs_input_grad[0]:
             gates_N1 = gates_TK.reshape(-1)[plan.copies_N, None]
-            grad_y_ND = (grad_ND * gates_N1).to(y_ND.dtype)
+            grad_y_ND = grad_ND.mul_(gates_N1).to(y_ND.dtype)
         return grad_y_ND, grad_gates_TK, None
