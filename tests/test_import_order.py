@@ -132,3 +132,23 @@ def test_importing_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({heavy}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for name in ("moe", "model") for path in sorted((PACKAGE / name).glob("*.py"))],
+    ids=lambda path: f"{path.parent.name}/{path.name}",
+)
+def test_no_layer_asks_for_its_rank(path):
+    asked = {
+        "rank",
+        "local_rank",
+        "get_rank",
+        "get_local_rank",
+        "get_world_size",
+        "place",
+        "coords",
+    }
+    for node in ast.walk(ast.parse(path.read_text())):
+        name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
+        assert name not in asked, f"line {node.lineno} asks for {name}"

@@ -420,7 +420,13 @@ def test_payload_is_the_sum_over_the_routing_token_by_token(name):
 def check_wire(plan: TrainPlan) -> None:
     world = join(plan, MOE)
     for way in WAYS.values():
-        exchange = Exchange(world.layout.experts, ep=world.groups.ep, etp=world.groups.etp, **way)
+        exchange = Exchange(
+            world.layout.experts,
+            world.layout.shard(world.rank).experts,
+            ep=world.groups.ep,
+            etp=world.groups.etp,
+            **way,
+        )
         tokens = 3 + 2 * world.rank
         x = drawn(tokens, DIM, seed=world.rank, dtype=torch.bfloat16).requires_grad_()
         gates = drawn(tokens, 2, seed=world.rank, dtype=torch.float32).requires_grad_()

@@ -29,7 +29,7 @@ from moesaic.moe.dispatch import Dispatch, add_copies, gather, plan_dispatch
 from moesaic.parallel import collectives
 from moesaic.parallel.collectives import Traffic
 from moesaic.parallel.group import ALONE, Group
-from moesaic.planning.split import Split
+from moesaic.planning.split import Span, Split
 
 NOWHERE = -1
 """Stands for the expert of a copy that was dropped."""
@@ -72,6 +72,7 @@ class Exchange:
 
     Args:
         experts: Which experts each rank of `ep` holds.
+        held: Which of them this rank holds.
         ep: Ranks that share the experts.
         etp: Ranks that share the columns of the same experts.
         dispatch: How rows travel over `ep`.
@@ -81,13 +82,14 @@ class Exchange:
     def __init__(
         self,
         experts: Split,
+        held: Span,
         *,
         ep: Group = ALONE,
         etp: Group = ALONE,
         dispatch: Literal["all_to_all", "all_gather"] = "all_to_all",
         deduplicate: bool = True,
     ) -> None:
-        self.experts, self.ep, self.etp = experts, ep, etp
+        self.held, self.ep, self.etp = held, ep, etp
         self.dispatch, self.deduplicate = dispatch, deduplicate
         # Not on the default device, which is meta while a model is built without memory.
         self._ends = torch.tensor([end for _, end in experts.spans], device="cpu")
@@ -129,7 +131,7 @@ class Exchange:
         if self.etp.size > 1:
             shared = self._rows_of(self.etp, x)
             x, experts, gates = self._gather(self.etp, shared, x, experts, gates)
-        start, end = self.experts.spans[self.ep.rank]
+        start, end = self.held
         return Arrived(
             x,
             experts - start,
@@ -196,10 +198,10 @@ class Exchange:
     def _gather(
         self, group: Group, rows: Split, x: Tensor, experts: Tensor, gates: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        others = rows.total - x.shape[0]
         x = collectives.gather(x, rows, group, dim=0, traffic=self.traffic)
         gates = collectives.gather(
             gates, rows, group, dim=0, traffic=self.traffic, is_payload=False
         )
-        others = rows.total - rows.sizes[group.rank]
         self.traffic.routing += others * experts.shape[1] * experts.element_size()
         return x, group.gather(experts, rows.sizes), gates

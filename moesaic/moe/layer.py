@@ -129,6 +129,7 @@ class MoELayer(nn.Module):
         )
         self.exchange = Exchange(
             Split.from_counts([experts]) if shard is None else shard.expert_split,
+            (0, experts) if shard is None else shard.experts,
             ep=groups.ep,
             etp=groups.etp,
             dispatch="all_to_all" if shard is None else shard.dispatch,
