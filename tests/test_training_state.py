@@ -671,9 +671,10 @@ def test_a_failing_run_still_ends_its_last_state(tmp_path, gate):
     assert_holds(tmp_path, 2)
 
 
-def test_an_interrupted_run_waits_for_nothing(tmp_path, gate):
-    with pytest.raises(KeyboardInterrupt):
-        save_and_raise(tmp_path, KeyboardInterrupt())
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("Connection closed by peer")])
+def test_an_interrupted_run_waits_for_nothing_nor_one_that_lost_a_rank(tmp_path, gate, error):
+    with pytest.raises(type(error)):
+        save_and_raise(tmp_path, error)
     assert not gate.is_set()
     assert newest(tmp_path) is None
 

@@ -17,6 +17,7 @@ from moesaic.checkpoint.pieces import Held
 from moesaic.checkpoint.training_state import prune, write_share
 from moesaic.parallel.agreement import first_does
 from moesaic.parallel.group import ALONE, Group
+from moesaic.parallel.watch import is_of_a_connection
 
 LAST_WAIT_SECONDS = 60.0
 """How long a run that fails waits for the state that is under way."""
@@ -26,7 +27,7 @@ class StateWriter:
     """Saves the states of a run, one at a time, and keeps the newest.
 
     Used as a context manager. Leaving it waits for the state under way; after an error for a minute
-    at most, since a rank may be gone, and after Ctrl-C not at all.
+    at most; not at all after Ctrl-C, nor where a rank is gone, without which none is completed.
 
     In the background, `save` copies the blocks that this rank writes into the CPU's memory before
     it returns, and the copy lives until the state is complete. It takes the bytes of the state,
@@ -106,7 +107,7 @@ class StateWriter:
         if error is None:
             self.wait()
         elif self._thread is not None and isinstance(error, Exception):
-            self._thread.join(LAST_WAIT_SECONDS)
+            self._thread.join(0.0 if is_of_a_connection(error) else LAST_WAIT_SECONDS)
 
     def _try_to_write(self, *state: Any) -> None:
         try:

@@ -15,8 +15,9 @@ class LaunchConfig:
     """Times that all ranks start again after one was killed or hangs. Under torchrun its own
     --max-restarts counts instead. Ours."""
 
-    hang_seconds: float = 30.0
-    """A rank that gives no sign of life for so long is named, and all ranks end. Ours."""
+    hang_seconds: float = 20.0
+    """A rank that gives no sign of life for so long is named, and all ranks end. Ours: torchrun
+    kills what is left 30 s after it has lost a rank, and it should be named before."""
 
     wait_seconds: float = 600.0
     """Longest that ranks wait for another one that lives, in a collective operation or when they

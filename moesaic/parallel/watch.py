@@ -253,7 +253,7 @@ class Watch:
         """None where it is only what another rank's end looks like from here."""
         if isinstance(error, MoesaicError):
             return Cause(" ".join(str(error).split()), error.exit_status, self.rank)
-        if _OF_A_CONNECTION.search(str(error)):
+        if is_of_a_connection(error):
             return None
         first_line = (str(error).splitlines() or [""])[0]
         text = f"{self._name(self.rank)} failed: {type(error).__name__}: {first_line}"
@@ -437,6 +437,11 @@ class Watch:
                 self._last_step_file.write_text(json.dumps(facts))
             except OSError:  # the one who would read it is gone
                 self._last_step_file = None
+
+
+def is_of_a_connection(error: BaseException) -> bool:
+    """Whether it may be only what another rank's end looks like from here."""
+    return bool(_OF_A_CONNECTION.search(str(error)))
 
 
 def how_far(step: int | None, doing: str) -> str:
