@@ -1,9 +1,9 @@
-"""Which gradients a backward pass is for: zero-bubble schedules run it in two halves.
+"""Which gradients a backward pass is for: zero-bubble schedules run it in two parts.
 
-The first half finds the gradient of a stage's input, for which another rank waits; the second,
-later, those of the weights. Autograd runs only what each half needs, node by node, but a node that
-has both kinds of input belongs to both halves, and torch's `ctx.needs_input_grad` says the same in
-either. An autograd function that computes both kinds asks here, so that none is computed twice.
+The first finds the gradient of a stage's input, for which another rank waits; the second, later,
+those of the weights. Autograd runs only the nodes that a part needs, but a node with both kinds of
+input belongs to both parts, and torch's `ctx.needs_input_grad` says the same in either. An
+autograd function that computes both kinds asks here, so that none is computed twice.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Pipeline:
         micro_batches: M.
         activation: Shape (B, s, D) and dtype of what stages hand on.
         recompute: What of each layer is computed again in the backward pass; None: as the plan
-            says. The backward pass of a stage with such a layer is never run in two halves.
+            says. The backward pass of a stage with such a layer is never run in two parts.
 
     Raises:
         PlanError: The schedule cannot run so many micro-batches on so many stages.
@@ -97,13 +97,10 @@ class Pipeline:
                 ],
             )
 
-    def run(self, tokens: Tensor, **others: Tensor) -> Tensor:
-        return self.step(tokens, **others).loss
-
     def step(self, tokens: Tensor, **others: Tensor) -> PipelineRun:
-        """Leave on every parameter the gradient of the sum of the micro-batches' losses.
+        """Add to every parameter's gradient that of the sum of the micro-batches' losses.
 
-        Every rank calls this with its own data-parallel share, the same in each of its stages.
+        Ranks of one pipeline call this with the same tensors.
 
         Args:
             tokens: Ids of all micro-batches, (M * B, S).

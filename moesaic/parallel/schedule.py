@@ -3,20 +3,19 @@
 The only module that knows these, private names included. What torch's own stage does otherwise,
 and why it is not left so:
 
-    it runs every stage once before the first step, to see shapes: routers would count
-        that. Here shapes are told
-    it sends memory as it lies: the elements of a result that is not contiguous arrive in
-        another order, without an error on gloo. Here results and gradients are contiguous
+    before the first step it runs every stage once to see shapes, and routers would count that:
+        here shapes are told
+    it sends results and gradients as they lie in memory, which fails unless they are
+        contiguous, and frees graphs in a way that fails for a view: here they are copied if need be
     it takes buffers for all micro-batches at once and keeps them between steps, which undoes
-        what 1F1B saves. Here a buffer lives from its receive to its last use
-    it turns FSDP's reductions and resharding off until the step is over: ZeRO-2 and 3 would save
-        nothing, and nothing overlap. Here FSDP does as in one stage (`expect_backward`)
-    zero-bubble schedules find the gradients of inputs and of weights in two passes. With
-        activations that are recomputed, that is once again for every weight. Here such a stage
-        does all of its backward pass at once
+        what 1F1B saves: here a buffer lives from its receive to its last use
+    it holds FSDP's reductions and resharding back until the step is over, so that ZeRO-2 and 3
+        save nothing and nothing overlaps: here FSDP does as in one stage (`expect_backward`)
+    in zero-bubble schedules it finds the gradients of inputs and of weights in two passes. What
+        is recomputed is then recomputed again for every weight, and compiled code refuses its
+        second pass: here a stage with either does its whole backward pass at once
 
-Results of micro-batches that are through are let go of, except that gloo keeps what was sent
-until the step is over in schedules other than gpipe and 1f1b.
+What is left: gloo keeps what was sent until the step is over, except under gpipe and 1f1b.
 """
 
 from __future__ import annotations
@@ -150,7 +149,8 @@ class _Stage(PipelineStage):
         number: Of the stage, among all.
         stage: Its module.
         activation: As in `Pipeline`.
-        splits: Whether a zero-bubble schedule may run its backward pass in two halves.
+        splits: Whether a zero-bubble schedule may run its backward pass in two parts, if nothing
+            in it is compiled.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class _Stage(PipelineStage):
         )
         self._runtime_validate = False  # it would miss the length of the ids
         self.stage = stage
-        self.splits = splits
+        self.splits = splits and all(m._compiled_call_impl is None for m in stage.modules())
         self.zero = world.layout.plan.zero
         self.stopwatch = Stopwatch(world.device)
         self._backwards = 0
@@ -226,14 +226,14 @@ class _Stage(PipelineStage):
             result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs)
             self._backwards += 1
             return result
-        # FSDP knows no halves: its hooks run in the first, before there are gradients of weights.
+        # FSDP knows no parts: its hooks run in the first, before there are gradients of weights.
         # What it would do is done here, and weights must be gathered before torch looks for them.
         expect_backward(self.stage, is_last=False, zero=1)
         _gather_weights(self.stage)
-        is_first_half = backward_type == "input"
-        with only(activations=is_first_half, weights=not is_first_half):
+        for_input = backward_type == "input"
+        with only(activations=for_input, weights=not for_input):
             result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs)
-        if not is_first_half:
+        if not for_input:
             self._backwards += 1
             if is_last or self.zero > 1:
                 expect_backward(self.stage, is_last=is_last, zero=self.zero)
@@ -257,6 +257,9 @@ class _Stage(PipelineStage):
                 for gradient in self.bwd_cache[bwd_chunk_id]
             )
         return super().get_bwd_send_ops(bwd_chunk_id)
+
+    def _post_metadata_inference_cleanup(self) -> None:
+        pass  # nothing was inferred, and gradients of earlier steps are not to be dropped
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
         with self._no_memory():
