@@ -49,6 +49,7 @@ TORCH_FREE = (
     "moesaic.planning.split",
     "moesaic.planning.plan",
     "moesaic.planning.layout",
+    "moesaic.planning.schedules",
     "moesaic.cli.app",
     "moesaic.cli.upcycle",
     "moesaic.cli.prepare",

@@ -34,6 +34,7 @@ from torch.nn import functional
 
 from moesaic.errors import ConfigError
 from moesaic.moe import native
+from moesaic.parallel.backward import wanted
 
 Implementation = Literal["auto", "loop", "padded", "fused", "grouped_mm"]
 
@@ -243,7 +244,7 @@ class _PaddedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_PD, h1_PF, h3_PF, w1, w3, w2 = ctx.saved_tensors
-        needs_x, _, _, needs_w1, needs_w3, needs_w2 = ctx.needs_input_grad
+        needs_x, needs_w1, needs_w3, needs_w2 = _needs(ctx.needs_input_grad, skip=2)
         dy_PD = _pad(dy_ND, ctx.counts, ctx.padded)
         dx_PD = torch.empty_like(x_PD) if needs_x else None
         dw1, dw3, dw2 = (
@@ -287,6 +288,12 @@ def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.copy_(a @ b)
 
 
+def _needs(needs_input_grad: tuple[bool, ...], *, skip: int) -> list[bool]:
+    """Whether the gradients of rows, w1, w3 and w2 are for this backward pass to compute."""
+    needs_x, needs_w = bool(needs_input_grad[0]), needs_input_grad[1 + skip :]
+    return [needs_x and wanted().activations, *(bool(n) and wanted().weights for n in needs_w)]
+
+
 class _FusedSwiGLU(torch.autograd.Function):
     """The C++ operation. Keeps x, and h1 beside h3 in a layout of its own; no copy of a weight."""
 
@@ -304,7 +311,7 @@ class _FusedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, h, *weights = ctx.saved_tensors
-        needs = [bool(need) for i, need in enumerate(ctx.needs_input_grad) if i != 1]
+        needs = _needs(ctx.needs_input_grad, skip=1)
         found = torch.ops.moesaic.swiglu_backward(
             dy_ND.contiguous(), x_ND, ctx.counts, h, *weights, [int(need) for need in needs]
         )
