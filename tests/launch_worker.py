@@ -21,7 +21,7 @@ import torch.distributed as dist
 from moesaic.cli.app import fail
 from moesaic.errors import ConfigError, MoesaicError
 from moesaic.parallel.config import LaunchConfig
-from moesaic.parallel.join import joined
+from moesaic.parallel.join import Needs, joined
 
 
 def main() -> int:
@@ -39,7 +39,8 @@ def work(asked: dict) -> int:
     """Take the steps; the first rank prints their sum."""
     folder = Path(asked["folder"])
     stops: list[int] = []
-    with joined(asked["size"], config=LaunchConfig(**asked.get("config", {}))) as watch:
+    config = LaunchConfig(**asked.get("config", {}))
+    with joined(lambda: Needs(asked["size"]), config=config) as watch:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: stops.append(number))
         watch.keep_log(folder / "logs")

@@ -19,7 +19,7 @@ from moesaic.cli.app import run
 from moesaic.config import build
 from moesaic.errors import ConfigError, PlanError
 from moesaic.parallel.config import LaunchConfig
-from moesaic.parallel.join import joined
+from moesaic.parallel.join import Needs, joined
 from moesaic.parallel.launch import Member, environment_world, start_ranks
 from moesaic.parallel.watch import Beat, slowest
 from moesaic.planning.plan import TrainPlan
@@ -53,8 +53,9 @@ class Job:
         asked = json.dumps({"folder": str(folder), **asked})
         command = [sys.executable, "-c", START, asked]
         if torchrun is not None:
-            run_it = [sys.executable, "-m", "torch.distributed.run", *torchrun]
-            command = [*run_it, "-m", "tests.launch_worker", asked]
+            # Its own default is one port for all jobs of a machine.
+            run_it = ["torch.distributed.run", "--master-port", str(free_port()), *torchrun]
+            command = [sys.executable, "-m", *run_it, "-m", "tests.launch_worker", asked]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command,
@@ -365,14 +366,15 @@ def test_who_keeps_the_others_waiting(beats, who):
 
 def test_a_rank_alone_joins_nothing(monkeypatch):
     monkeypatch.setattr("torch.distributed.init_process_group", None)
-    with joined(1) as watch:
+    with joined(lambda: Needs(1)) as watch:
         watch.describe("stage 0")
         watch.progress(1)
     assert (watch.rank, watch.size) == (0, 1)
 
 
 def test_a_plan_of_several_ranks_is_refused_by_a_process_alone():
-    with pytest.raises(PlanError, match="for 4 ranks, but this process is alone"), joined(4):
+    alone = pytest.raises(PlanError, match="for 4 ranks, but this process is alone")
+    with alone, joined(lambda: Needs(4)):
         pass
 
 

@@ -38,8 +38,10 @@ def status(done: Mapping[str, Any]) -> int:
 
 def start(config: TrainConfig, as_json: bool) -> int | None:
     """Start the plan's ranks on this machine, unless this process is one of them or all."""
-    size = 1 if config.plan is None else TrainPlan.load(config.plan).world_size
-    if size == 1 or environment_world() is not None:
+    if config.plan is None or environment_world() is not None:
+        return None
+    size = TrainPlan.load(config.plan).world_size
+    if size == 1:
         return None
     with tempfile.TemporaryDirectory(prefix="moesaic-train-") as folder:
         recipe = Path(folder) / "recipe.toml"

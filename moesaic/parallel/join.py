@@ -1,6 +1,6 @@
 """Take this process's place among the ranks of a run, and leave it in good order.
 
-    with joined(plan.world_size, config=config.launch) as watch:
+    with joined(lambda: Needs(plan.world_size), config=config.launch) as watch:
         watch.keep_log(run.path / "logs")
         watch.describe("stage 1")
         ...
@@ -22,11 +22,11 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, TextIO, cast
+from typing import IO, Any, NamedTuple, TextIO, cast
 
 import torch
 import torch.distributed as dist
@@ -41,11 +41,18 @@ MARGIN_SECONDS = 60
 """Collectives time out so much later than the watch does, which can say who is to blame."""
 
 
+class Needs(NamedTuple):
+    """What a run needs."""
+
+    size: int
+    """Ranks."""
+    device: str = "cpu"
+    """`cpu` for gloo; `cuda` for NCCL too, on the GPU of each rank's local number."""
+
+
 @contextmanager
-def joined(
-    size: int, *, device: str = "cpu", config: LaunchConfig | None = None
-) -> Iterator[Watch]:
-    """Be one of `size` ranks, with torch's process group, until the block ends.
+def joined(needs: Callable[[], Needs], *, config: LaunchConfig | None = None) -> Iterator[Watch]:
+    """Be one of the ranks that were started, with torch's process group, until the block ends.
 
     A rank alone is given a watch that watches nothing, and torch.distributed is not touched. A
     process group that is there already is used and left as it is.
@@ -55,8 +62,7 @@ def joined(
     first that meets it and by the others only in their logs, and all end with its status.
 
     Args:
-        size: Ranks that the run needs.
-        device: `cpu` for gloo; `cuda` for NCCL too, on the GPU of this rank's local number.
+        needs: Called once the ranks have met, so that what it raises is said once.
         config: How long to wait for others.
 
     Raises:
@@ -67,19 +73,16 @@ def joined(
     """
     config = config or LaunchConfig()
     member = environment_world() or Member(0, 1, 0)
-    if member.size != size:
-        if member.rank > 0:
-            raise SystemExit(PlanError.exit_status)
-        raise PlanError(_wrong_size(size, member))
-    if size == 1 or dist.is_initialized():
-        yield Watch(member.rank, size)
+    if member.size == 1 or dist.is_initialized():
+        _check_size(needs().size, member)
+        yield Watch(member.rank, member.size)
         return
     log = RankLog(member.rank)
     store, number = _meet(member, config, log)
     part = f"moesaic/{number}"
     watch = Watch(
         member.rank,
-        size,
+        member.size,
         # A connection of its own: one that another thread waits in is blocked.
         store=PrefixStore(part, _connect(member, config, log)),
         config=config,
@@ -88,6 +91,8 @@ def joined(
     )
     watch.start()
     try:
+        size, device = needs()
+        _check_size(size, member)
         if device == "cuda":
             _take_gpu(member)
         dist.init_process_group(
@@ -182,13 +187,15 @@ class _Both:
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def _wrong_size(size: int, member: Member) -> str:
+def _check_size(size: int, member: Member) -> None:
+    if member.size == size:
+        return
     if member.size == 1:
-        return (
+        raise PlanError(
             f"The plan is for {size} ranks, but this process is alone. "
             f"`moesaic train` starts them itself; torchrun needs --nproc-per-node {size}."
         )
-    return (
+    raise PlanError(
         f"The plan is for {size} rank{'s' if size > 1 else ''}, but {member.size} were started. "
         f"Start {size}, or take another plan."
     )

@@ -34,7 +34,7 @@ from moesaic.model.build import save_model
 from moesaic.moe.balance import AdaptiveCoefficient
 from moesaic.moe.statistics import RoutingStatistics
 from moesaic.parallel.agreement import all_do, first_does
-from moesaic.parallel.join import joined
+from moesaic.parallel.join import Needs, joined
 from moesaic.parallel.watch import Watch
 from moesaic.parallel.world import World
 from moesaic.planning.layout import Layout, fit
@@ -86,12 +86,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
         FolderError: A folder cannot be read or written. Earlier checkpoints are as they were.
         TrainingError: A loss or gradient is not finite. No weight was touched.
     """
-    size = 1 if config.plan is None else TrainPlan.load(config.plan).world_size
+
+    def needs() -> Needs:
+        return Needs(_plan(config).world_size, _device(config).type)
+
     # First of all, so that what is wrong is said by one rank and not by each.
-    with (
-        joined(size, device=_device(config).type, config=config.launch) as watch,
-        ExitStack() as stack,
-    ):
+    with joined(needs, config=config.launch) as watch, ExitStack() as stack:
         return _train_joined(config, watch, stack)
 
 
@@ -100,7 +100,7 @@ def _train_joined(config: TrainConfig, watch: Watch, stack: ExitStack) -> dict[s
     _check_inputs(config)
     spec = read_spec(config.model)
     folder = TokenFolder(config.data.tokens)
-    layout = fit(TrainPlan() if config.plan is None else TrainPlan.load(config.plan), spec)
+    layout = fit(_plan(config), spec)
     config = with_plan(config, layout)
     _check_fit(config, spec, folder)
     run = RunFolder(config.run, resume=config.resume)
@@ -152,7 +152,7 @@ def _begin(
         _check_resume(config, state, ours, toml)
     write_text_atomic(run.config, toml)
     if config.plan is not None:
-        TrainPlan.load(config.plan).save(run.plan)
+        _plan(config).save(run.plan)
     write_machine(run, _device(config))
 
 
@@ -588,6 +588,10 @@ def with_plan(config: TrainConfig, layout: Layout) -> TrainConfig:
         plan.schedule, data.accumulation // plan.dp, ranks=plan.pp, stages=len(layout.stages)
     )
     return replace(config, data=data)
+
+
+def _plan(config: TrainConfig) -> TrainPlan:
+    return TrainPlan() if config.plan is None else TrainPlan.load(config.plan)
 
 
 def _device(config: TrainConfig) -> torch.device:
