@@ -325,7 +325,7 @@ class Watch:
         except RuntimeError:  # as torch's stores raise
             # Those who end in good order stop before the store does.
             if not self._has_ended.wait(BEAT_SECONDS):
-                self._end(self._store_is_gone("is gone"), is_first=self._speaks_without_store)
+                self._end_without_store("is gone")
 
     def _keep_time(self) -> None:
         """Count the time that this process runs, and notice a store that does not answer."""
@@ -337,8 +337,7 @@ class Watch:
             silent = self._clock - self._came_round
             # A little later than other ranks notice, who can still tell each other.
             if silent > self._config.hang_seconds + 2 * BEAT_SECONDS and self._cause is None:
-                cause = self._store_is_gone(f"has not answered for {silent:.0f} s")
-                self._end(cause, is_first=self._speaks_without_store)
+                self._end_without_store(f"has not answered for {silent:.0f} s")
             if os.getppid() != self._parent:
                 # Who started this rank was killed: finish in good order instead of for nobody.
                 self._parent = os.getppid()
@@ -400,6 +399,12 @@ class Watch:
             with contextlib.suppress(RuntimeError):
                 self._meet("failed", seconds=0)
         self._exit(cause.status)
+
+    def _end_without_store(self, how: str) -> None:
+        if not self._speaks_without_store:
+            # Once one has ended, who started the ranks kills the others: the one that speaks first.
+            time.sleep(FAREWELL_SECONDS)
+        self._end(self._store_is_gone(how), is_first=self._speaks_without_store)
 
     def _exit(self, status: int) -> None:
         os._exit(status)
