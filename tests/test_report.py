@@ -329,7 +329,7 @@ def test_a_step_that_was_done_again_counts_as_told_last(tmp_path: Path) -> None:
 
 
 def test_a_thousand_ranks_fit_on_the_page(tmp_path: Path) -> None:
-    plan = TrainPlan(pp=8, dp=16, tp=8)
+    plan = TrainPlan(pp=8, dp=64, tp=2)
     run = write_run(tmp_path / "run", steps=1, layers=2, experts=2, plan=plan)
     memory = [item["peak_memory_bytes"] for item in lines_of(run / "ranks.jsonl")[0]["ranks"]]
     text = page_of(run)
