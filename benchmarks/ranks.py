@@ -94,10 +94,7 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> dict[str, object]:
         "tokens_per_second": speeds,
         "ratio": {name: speed / speeds["one"] for name, speed in speeds.items()},
         "largest_loss_difference": {
-            name: max(
-                abs(a - b)
-                for a, b in zip(found[0]["losses"], runs["one"][0]["losses"], strict=True)
-            )
+            name: _furthest(found[0]["losses"], runs["one"][0]["losses"])
             for name, found in runs.items()
         },
         "runs": runs,

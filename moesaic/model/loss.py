@@ -3,14 +3,15 @@
 Logits are made, used and dropped in chunks of tokens, and the gradients are worked out in
 the same pass, since the chunk's probabilities are at hand only then.
 
-Each rank may hold its own rows of the vocabulary: largest logit, sum of exponentials and the
-target's logit are then brought together over the ranks, chunk by chunk.
+Each rank may hold its own rows of the vocabulary: their sums of exponentials are then brought
+together, chunk by chunk.
 
 Shapes.  N tokens    M tokens in a chunk    D model width    V vocabulary, v of it this rank's
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,15 +54,15 @@ def linear_cross_entropy(
 
 def _log_probs(logits_Mv: Tensor, dtype: torch.dtype, group: Group) -> Tensor:
     """log softmax over the rows of all ranks, (M, v)."""
+    # One fused pass from the logits' dtype, which is what makes this affordable on a CPU.
+    log_probs_Mv = torch.log_softmax(logits_Mv, dim=-1, dtype=dtype)
     if group.size == 1:
-        # One fused pass from the logits' dtype, which is what makes this affordable on a CPU.
-        return torch.log_softmax(logits_Mv, dim=-1, dtype=dtype)
-    wide_Mv = logits_Mv.to(dtype)
-    lowest = torch.finfo(dtype).min
-    none_M1 = wide_Mv.new_full((wide_Mv.shape[0], 1), lowest)  # a rank may hold no row
-    largest_M1 = group.max_(torch.cat([wide_Mv, none_M1], dim=-1).amax(dim=-1, keepdim=True))
-    wide_Mv = wide_Mv - largest_M1
-    return wide_Mv - group.sum_(wide_Mv.exp().sum(dim=-1, keepdim=True)).log()
+        return log_probs_Mv
+    # What that took off each row is the log of this rank's sum of exponentials.
+    sums = logits_Mv[:, :1].to(dtype) - log_probs_Mv[:, :1]
+    sum_M1 = sums if sums.shape[1] else sums.new_full((sums.shape[0], 1), -math.inf)
+    sums_Mn = group.gather(sum_M1, [1] * group.size, dim=1)
+    return log_probs_Mv.add_(sum_M1 - sums_Mn.logsumexp(dim=-1, keepdim=True))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

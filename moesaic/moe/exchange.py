@@ -140,6 +140,31 @@ class Exchange:
             _WayBack(plan, send, receive, gathered, shared),
         )
 
+    def send_to_all(
+        self,
+        x_TD: Tensor,
+        experts_RK: Tensor,
+        gates_RK: Tensor,
+        *,
+        rows: Split,
+        keep_RK: Tensor | None = None,
+    ) -> Arrived:
+        """As `send` by gathering over `ep`, where every rank knows how all rows were routed.
+
+        Args:
+            x_TD: Rows of this rank, (T, D).
+            experts_RK: Experts of the rows of all ranks, rank by rank, (R, K).
+            gates_RK: Their weights, (R, K), whose gradients are to be summed over the ranks.
+            rows: Which of them are which rank's.
+            keep_RK: False where a copy was dropped; None when none was.
+        """
+        x_RD = collectives.gather(x_TD, rows, self.ep, dim=0, traffic=self.traffic)
+        start, end = self.held
+        is_here_RK = (experts_RK >= start) & (experts_RK < end)
+        if keep_RK is not None:
+            is_here_RK &= keep_RK
+        return Arrived(x_RD, experts_RK - start, gates_RK, is_here_RK, _WayBack(gathered=rows))
+
     def bring_back(self, y_RD: Tensor, way: _WayBack) -> Tensor:
         """Add up what this rank's tokens got on all ranks, (T, D)."""
         y = y_RD

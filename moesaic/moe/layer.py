@@ -33,7 +33,7 @@ from moesaic.moe.capacity import (
 )
 from moesaic.moe.config import RoutingConfig
 from moesaic.moe.dispatch import combine, gather, plan_dispatch
-from moesaic.moe.exchange import Exchange
+from moesaic.moe.exchange import Arrived, Exchange
 from moesaic.moe.experts import Experts, Implementation
 from moesaic.moe.losses import (
     inject,
@@ -135,6 +135,13 @@ class MoELayer(nn.Module):
             dispatch="all_to_all" if shard is None else shard.dispatch,
             deduplicate=shard is None or shard.deduplicate,
         )
+        self.routes_all = (
+            self.tp.size > 1
+            and groups.ep is self.tp
+            and groups.etp.size == 1
+            and self.exchange.dispatch == "all_gather"
+        )
+        """Whether the ranks that share positions all compute each other's rows (EDP)."""
         self.rows = 0
         """Rows that the experts here were given since this was last set to 0."""
         self.shared_expert: SharedExpert | None = None
@@ -166,19 +173,18 @@ class MoELayer(nn.Module):
         batch, _, width = x_BsD.shape
         parts = Split.from_counts([x_BsD.shape[1]]) if parts is None else parts
         x_tD = x_BsD.reshape(-1, width)
-        logits_TE = collectives.gather_same_tokens(self.gate.score(x_tD), batch, parts, self.tp)
+        # A rank that computes some experts of every token finds its share of their gradients; one
+        # that computes its own tokens finds all of it.
+        logits_TE = collectives.gather_tokens(
+            self.gate.score(x_tD), batch, parts, self.tp, same=not self.routes_all
+        )
         routed = self.gate.choose(logits_TE)
         gates_TK, keep_TK, statistics = routed.gates_TK, None, None
         if routing is not None:
             gates_TK, keep_TK, statistics = self._train_routing(routed, routing, sequences=batch)
         elif self.spec.renormalize and x_BsD.dtype == torch.float32:
             gates_TK = sum_to_one(gates_TK)
-        arrived = self.exchange.send(
-            x_tD,
-            self._own(routed.experts_TK, batch, parts),
-            self._own(gates_TK, batch, parts),
-            keep_TK=None if keep_TK is None else self._own(keep_TK, batch, parts),
-        )
+        arrived = self._send(x_tD, routed.experts_TK, gates_TK, keep_TK, batch, parts)
         plan = plan_dispatch(
             arrived.experts_RJ,
             num_experts=self.experts.w1.shape[0],
@@ -198,9 +204,37 @@ class MoELayer(nn.Module):
             y_BsD = y_BsD + gate_Bs1 * self.shared_expert(x_BsD, parts)
         return y_BsD, statistics
 
-    def _own(self, of_all_TK: Tensor, batch: int, parts: Split) -> Tensor:
-        """What is said of this rank's tokens, (T, K) -> (t, K)."""
-        return collectives.own_tokens(of_all_TK, batch, parts, self.tp)
+    def _send(
+        self,
+        x_tD: Tensor,
+        experts_TK: Tensor,
+        gates_TK: Tensor,
+        keep_TK: Tensor | None,
+        batch: int,
+        parts: Split,
+    ) -> Arrived:
+        """Bring this rank's rows to their experts, given how those of all ranks were routed."""
+
+        def rank_by_rank(of_all_TK: Tensor) -> Tensor:
+            return collectives.rank_by_rank(of_all_TK, batch, parts)
+
+        def own(of_all_TK: Tensor) -> Tensor:
+            return collectives.own_tokens(of_all_TK, batch, parts, self.tp)
+
+        if self.routes_all:
+            return self.exchange.send_to_all(
+                x_tD,
+                rank_by_rank(experts_TK),
+                rank_by_rank(gates_TK),
+                rows=Split.from_counts([batch * size for size in parts.sizes]),
+                keep_RK=None if keep_TK is None else rank_by_rank(keep_TK),
+            )
+        return self.exchange.send(
+            x_tD,
+            own(experts_TK),
+            own(gates_TK),
+            keep_TK=None if keep_TK is None else own(keep_TK),
+        )
 
     def _train_routing(
         self, routed: RouterOutput, routing: RoutingStep, *, sequences: int
@@ -244,7 +278,9 @@ class MoELayer(nn.Module):
             z_loss=z_loss,
         )
         # The gates, because whatever the layer returns has passed through them.
-        return inject(routed.gates_TK, loss, routing.scale), keep_TK, statistics
+        # Where ranks have shares of their gradient, each injects its share of the loss.
+        scale = routing.scale / (self.tp.size if self.routes_all else 1)
+        return inject(routed.gates_TK, loss, scale), keep_TK, statistics
 
     def _balance_loss(self, routed: RouterOutput, config: RoutingConfig, *, groups: int) -> Tensor:
         if config.balance_loss == "skywork":

@@ -87,12 +87,21 @@ def own_tokens(x_TE: Tensor, sequences: int, positions: Split, group: Group) -> 
     return own_part(x_TE.unflatten(0, (sequences, -1)), positions, group, dim=1).flatten(0, 1)
 
 
-def gather_same_tokens(x_tE: Tensor, sequences: int, positions: Split, group: Group) -> Tensor:
-    """`gather_same` of such rows, (B * s, ...) -> (B * S, ...)."""
+def gather_tokens(
+    x_tE: Tensor, sequences: int, positions: Split, group: Group, *, same: bool
+) -> Tensor:
+    """`gather` of such rows, or `gather_same`, (B * s, ...) -> (B * S, ...)."""
     if group.size == 1:
         return x_tE
     shape = (sequences, positions.sizes[group.rank])  # not -1: a rank may have no position
-    return gather_same(x_tE.unflatten(0, shape), positions, group, dim=1).flatten(0, 1)
+    join = gather_same if same else gather
+    return join(x_tE.unflatten(0, shape), positions, group, dim=1).flatten(0, 1)
+
+
+def rank_by_rank(x_TE: Tensor, sequences: int, positions: Split) -> Tensor:
+    """The rows of all tokens, those at the positions of a rank together, (B * S, ...)."""
+    parts = x_TE.unflatten(0, (sequences, -1)).split(positions.sizes, dim=1)
+    return torch.cat([part.flatten(0, 1) for part in parts])
 
 
 def exchange(

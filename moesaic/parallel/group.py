@@ -33,17 +33,12 @@ class Group:
         assert (size == 1) or process_group is not None, f"{size=}"
         self.size, self.rank = size, rank
         self.process_group = process_group
+        self._is_gloo = size > 1 and dist.get_backend(process_group) == "gloo"
 
     def sum_(self, x: Tensor) -> Tensor:
         """Add `x` over the group, in place."""
         if self.size > 1:
             dist.all_reduce(x, group=self.process_group)
-        return x
-
-    def max_(self, x: Tensor) -> Tensor:
-        """Take the largest of `x` over the group, element by element, in place."""
-        if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.process_group)
         return x
 
     def gather(self, x_r: Tensor, sizes: Sequence[int], *, dim: int = 0) -> Tensor:
@@ -60,10 +55,11 @@ class Group:
         counts = [math.prod(shape) for shape in shapes]
         mine = x_r.contiguous().view(-1)
         joined = mine.new_empty(sum(counts))
-        if min(sizes) == max(sizes):
+        if min(sizes) == max(sizes) and not self._is_gloo:
             _all_gather(joined, mine, group=self.process_group)
         else:
-            # gloo has no uneven gather, and NCCL's is a row of broadcasts.
+            # NCCL's uneven gather is a row of broadcasts; gloo has none, and its even one takes
+            # twice as long as this.
             send = [mine.numel()] * self.size
             dist.all_to_all_single(
                 joined, mine.repeat(self.size), counts, send, group=self.process_group
@@ -153,7 +149,7 @@ class Groups:
     """Ranks that share heads, columns, vocabulary and positions."""
 
     ep: Group = ALONE
-    """Ranks that share one set of experts."""
+    """Ranks that share one set of experts: `tp` itself where experts lie over it (EDP)."""
 
     etp: Group = ALONE
     """Ranks that share the columns of the same experts."""

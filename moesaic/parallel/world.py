@@ -91,12 +91,15 @@ class World:
             mesh_dim_names=("pp", "replicas", "shards", "ep", "etp"),
         )
         size = plan.world_size
+        tp = _of_mesh(dense, "tp")
         return cls(
             layout=layout,
             rank=rank,
             device=device,
             groups=Groups(
-                tp=_of_mesh(dense, "tp"), ep=_of_mesh(experts, "ep"), etp=_of_mesh(experts, "etp")
+                tp=tp,
+                ep=tp if plan.experts_over == "edp" else _of_mesh(experts, "ep"),
+                etp=_of_mesh(experts, "etp"),
             ),
             everyone=Group(size, rank, dist.group.WORLD),
             pipeline=_of_mesh(dense, "pp"),
