@@ -18,6 +18,8 @@ from moesaic.planning.plan import V_SHAPED, Dispatch, ExpertsOver, Schedule, Tra
 Dtype = Literal["bf16", "fp8", "fp32"]
 """What matrix products run in. fp8 keeps weights and activations between products in bf16."""
 
+AttentionCore = Literal["fused", "unfused"]
+
 Framework = Literal["moesaic", "megatron"]
 """Whose activations are kept and whose communication is hidden."""
 
@@ -94,6 +96,9 @@ class Job:
 
     framework: Framework = "moesaic"
     """Which implementation runs the step."""
+
+    attention_core: AttentionCore = "fused"
+    """Whether attention's scores are kept out of memory, or written there as squares."""
 
     overlap_gradients: bool = True
     """Whether gradients are summed, and weights gathered, while the step computes."""
@@ -259,4 +264,5 @@ _CHOICES: dict[str, Any] = {
     "dispatch": Dispatch,
     "dtype": Dtype,
     "framework": Framework,
+    "attention_core": AttentionCore,
 }
