@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from moesaic.errors import PlanError
 from moesaic.planning.plan import V_SHAPED, Recompute, Splits, TrainPlan
+from moesaic.planning.schedules import check_stages, stages_of
 from moesaic.planning.split import Span, Split
 from moesaic.spec import ModelSpec
 
@@ -106,10 +107,7 @@ class Layout:
 
     def stages_of(self, pp: int) -> tuple[int, ...]:
         """Stages that pipeline rank `pp` runs, in the order that tokens pass."""
-        ranks, count = self.plan.pp, len(self.stages)
-        if self.plan.schedule in V_SHAPED and ranks > 1:
-            return (pp, 2 * ranks - 1 - pp)
-        return tuple(range(pp, count, ranks))
+        return stages_of(pp, self.plan.schedule, ranks=self.plan.pp, stages=len(self.stages))
 
     def recompute(self, layer: int) -> Recompute:
         """What of a layer is computed again in the backward pass."""
@@ -144,7 +142,8 @@ def fit(plan: TrainPlan, spec: ModelSpec) -> Layout:
             f"Leave experts_over out."
         )
     splits = plan.splits
-    _check_stage_count(plan)
+    if plan.stages is not None:
+        check_stages(plan.schedule, ranks=plan.pp, stages=len(plan.stages))
     if splits.kv_heads is None and plan.tp > spec.num_kv_heads:
         raise PlanError(
             f"The plan's tp is {plan.tp}, but the model has {spec.num_kv_heads} key-value heads: "
@@ -193,33 +192,6 @@ def _fit_split(splits: Splits, name: str, total: int, ranks: int) -> Split:
             f"hold each of the model's {total} exactly once, in order."
         )
     return given
-
-
-def _check_stage_count(plan: TrainPlan) -> None:
-    count = plan.pp if plan.stages is None else len(plan.stages)
-    if plan.pp == 1:
-        if count != 1:
-            raise PlanError(
-                f"The plan has {count} stages, but pp 1, and one rank runs the whole model as one "
-                f"stage. Leave stages out, or raise pp."
-            )
-    elif plan.schedule in V_SHAPED:
-        if plan.stages is not None and count != 2 * plan.pp:
-            raise PlanError(
-                f"The plan has {count} stages, but {plan.schedule} runs 2 on each of its "
-                f"{plan.pp} pipeline ranks. Give {2 * plan.pp}."
-            )
-    elif plan.schedule in ("interleaved", "zb1p"):
-        if count % plan.pp:
-            raise PlanError(
-                f"The plan has {count} stages for {plan.pp} pipeline ranks. "
-                f"Each rank runs equally many; give a multiple of {plan.pp}."
-            )
-    elif count != plan.pp:
-        raise PlanError(
-            f"The plan has {count} stages, but {plan.schedule} runs 1 on each of its {plan.pp} "
-            f"pipeline ranks."
-        )
 
 
 def _fit_stages(plan: TrainPlan, spec: ModelSpec) -> tuple[Span, ...]:

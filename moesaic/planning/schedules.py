@@ -1,23 +1,65 @@
-"""What pipeline schedules ask of the number of micro-batches.
+"""What pipeline schedules ask of the numbers of stages and micro-batches, and who runs which stage.
 
-    gpipe, zbv             any number
-    1f1b, dualpipev        at least as many as there are stages
-    interleaved, zb1p      whole rounds: M micro-batches over P ranks run in max(1, M // P)
-                           rounds, all of one length
+                           stages             micro-batches of a step on one data-parallel rank
+    gpipe                  1 a rank           any number
+    1f1b                   1 a rank           at least as many as there are stages
+    interleaved, zb1p      equally many       whole rounds: M micro-batches over P ranks run in
+                                              max(1, M // P) rounds, all of one length
+    zbv                    2 a rank           any number
+    dualpipev              2 a rank           at least as many as there are stages
 
-M counts the micro-batches of a step on one data-parallel rank. One rank alone runs any number.
+Stage s is on rank s % P, but zbv and dualpipev go down the ranks and up again. One rank alone runs
+one stage and any number of micro-batches.
 """
 
 from __future__ import annotations
 
 from moesaic.errors import PlanError
-from moesaic.planning.plan import Schedule
+from moesaic.planning.plan import V_SHAPED, Schedule
 
 MANY = ("1f1b", "dualpipev")
 """Schedules that need a micro-batch for each stage."""
 
 ROUNDS = ("interleaved", "zb1p")
 """Schedules that take micro-batches in equal rounds."""
+
+
+def stages_of(rank: int, schedule: Schedule, *, ranks: int, stages: int) -> tuple[int, ...]:
+    """Stages that a pipeline rank runs, in the order that tokens pass."""
+    if schedule in V_SHAPED and ranks > 1:
+        return (rank, 2 * ranks - 1 - rank)
+    return tuple(range(rank, stages, ranks))
+
+
+def check_stages(schedule: Schedule, *, ranks: int, stages: int) -> None:
+    """Refuse a number of stages that a schedule cannot run over so many pipeline ranks.
+
+    Raises:
+        PlanError: It cannot.
+    """
+    if ranks == 1:
+        if stages != 1:
+            raise PlanError(
+                f"The plan has {stages} stages, but pp 1, and one rank runs the whole model as one "
+                f"stage. Leave stages out, or raise pp."
+            )
+    elif schedule in V_SHAPED:
+        if stages != 2 * ranks:
+            raise PlanError(
+                f"The plan has {stages} stages, but {schedule} runs 2 on each of its {ranks} "
+                f"pipeline ranks. Give {2 * ranks}."
+            )
+    elif schedule in ROUNDS:
+        if stages % ranks:
+            raise PlanError(
+                f"The plan has {stages} stages for {ranks} pipeline ranks. "
+                f"Each rank runs equally many; give a multiple of {ranks}."
+            )
+    elif stages != ranks:
+        raise PlanError(
+            f"The plan has {stages} stages, but {schedule} runs 1 on each of its {ranks} "
+            f"pipeline ranks."
+        )
 
 
 def can_run(schedule: Schedule, micro_batches: int, *, ranks: int, stages: int) -> bool:
@@ -34,7 +76,7 @@ def can_run(schedule: Schedule, micro_batches: int, *, ranks: int, stages: int) 
     if schedule in MANY:
         return micro_batches >= stages
     if schedule in ROUNDS:
-        return micro_batches % _rounds(micro_batches, ranks) == 0
+        return micro_batches % rounds(micro_batches, ranks) == 0
     return True
 
 
@@ -60,10 +102,11 @@ def check_micro_batches(schedule: Schedule, micro_batches: int, *, ranks: int, s
     )
     raise PlanError(
         f"{schedule} over {ranks} pipeline ranks would run the {micro_batches} micro-batches of a "
-        f"data-parallel rank in {_rounds(micro_batches, ranks)} rounds of unequal length. "
+        f"data-parallel rank in {rounds(micro_batches, ranks)} rounds of unequal length. "
         f"Use {fewer} or {more} micro-batches."
     )
 
 
-def _rounds(micro_batches: int, ranks: int) -> int:
+def rounds(micro_batches: int, ranks: int) -> int:
+    """Equal rounds in which `interleaved` and `zb1p` take their micro-batches."""
     return max(1, micro_batches // ranks)
