@@ -1,0 +1,274 @@
+"""Pipelines whose stages sleep instead of computing.
+
+What a schedule takes can so be measured on any machine, with more ranks than it has cores. The
+pipelines are those that train; only the layers are others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moesaic.parallel.backward import wanted
+from moesaic.parallel.pipeline import Pipeline
+from moesaic.parallel.world import World
+from moesaic.planning.layout import fit
+from moesaic.planning.plan import Schedule, Stage, TrainPlan
+from moesaic.planning.simulate import StageSeconds, Timeline, simulate
+from tests.tiny import LLAMA
+
+UNIT = 0.02
+"""Seconds of a layer's forward pass, of its gradient of the input, and of those of its weights."""
+
+TINY = 0.001
+"""The same where the cost of an action is to be seen: what a sleep takes too long belongs to it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline of sleeping stages."""
+
+    schedule: Schedule
+    ranks: int
+    micro_batches: int
+    layers: tuple[int, ...]
+    """Of each stage."""
+    again: tuple[int, ...] = ()
+    """Of each stage, layers that are computed again in the backward pass; none where left out."""
+
+    @property
+    def name(self) -> str:
+        again = f", again {'+'.join(map(str, self.again))}" if self.again else ""
+        layers = "+".join(map(str, self.layers))
+        return f"{self.schedule} on {self.ranks}, {self.micro_batches} x ({layers}{again})"
+
+    @property
+    def plan(self) -> TrainPlan:
+        """The plan that training would be given."""
+        ends = list(itertools.accumulate(self.layers))
+        first = ["embedding", *(f"{layer}.attention" for layer in ends[:-1])]
+        last = [*(f"{layer - 1}.feed_forward" for layer in ends[:-1]), "head"]
+        starts = [end - size for end, size in zip(ends, self.layers, strict=True)]
+        return TrainPlan(
+            pp=self.ranks,
+            schedule=self.schedule,
+            stages=tuple(Stage(*pair) for pair in zip(first, last, strict=True)),
+            recompute={
+                start + layer: "full"
+                for start, count in zip(starts, self.again, strict=False)
+                for layer in range(count)
+            },
+        )
+
+    def stage_seconds(self, unit: float) -> list[StageSeconds]:
+        """What each stage takes where a layer's forward pass takes `unit`."""
+        pairs = itertools.zip_longest(self.layers, self.again, fillvalue=0)
+        return [
+            StageSeconds(unit * size, unit * size, unit * size, recompute=unit * count)
+            for size, count in pairs
+        ]
+
+    def simulate(self, unit: float, *, action_seconds: float = 0.0) -> Timeline:
+        """What the planner expects."""
+        return simulate(
+            self.schedule,
+            self.stage_seconds(unit),
+            ranks=self.ranks,
+            micro_batches=self.micro_batches,
+            action_seconds=action_seconds,
+        )
+
+    @property
+    def of_one_micro_batch(self) -> Case:
+        """One micro-batch alone, in which a rank never has anything else to do meanwhile."""
+        alone: dict[str, Schedule] = {"1f1b": "gpipe", "dualpipev": "zbv"}
+        schedule = alone.get(self.schedule, self.schedule)
+        return replace(self, schedule=schedule, micro_batches=1)
+
+
+EVEN = (1, 1, 1, 1)
+CASES = (
+    Case("gpipe", 4, 8, EVEN),
+    Case("gpipe", 3, 6, (2, 1, 3)),
+    Case("1f1b", 2, 6, (2, 1)),
+    Case("1f1b", 3, 5, (2, 1, 2)),
+    Case("1f1b", 4, 8, EVEN),
+    Case("1f1b", 4, 16, EVEN),
+    Case("1f1b", 4, 8, (3, 2, 2, 1)),
+    Case("1f1b", 4, 8, (1, 2, 1, 2)),
+    Case("1f1b", 4, 8, (2, 2, 2, 2), again=(2, 2, 2, 2)),
+    Case("1f1b", 4, 8, (2, 2, 2, 2), again=(2, 1, 1, 0)),
+    Case("1f1b", 8, 16, (1, 2, 1, 1, 2, 1, 1, 1), again=(1, 0, 1, 0, 0, 1, 0, 0)),
+    Case("interleaved", 2, 4, (1, 1, 1, 1, 1, 1)),
+    Case("interleaved", 4, 8, EVEN * 2),
+    Case("interleaved", 4, 10, EVEN * 2),
+    Case("interleaved", 4, 8, (2, 1, 1, 1, 1, 1, 1, 2)),
+    Case("interleaved", 3, 6, (1,) * 9, again=(1, 1, 0)),
+    Case("zb1p", 4, 8, EVEN),
+    Case("zb1p", 4, 8, (1, 2, 2, 1)),
+    Case("zb1p", 2, 8, EVEN),
+    Case("zb1p", 4, 8, (2, 2, 2, 2), again=(0, 1, 0, 0)),
+    Case("zbv", 4, 8, EVEN * 2),
+    Case("zbv", 3, 8, (1, 1, 2, 2, 1, 1)),
+    Case("zbv", 4, 8, (1, 1, 1, 2, 1, 1, 1, 1), again=(1, 0, 0, 0, 0, 0, 0, 0)),
+    Case("dualpipev", 2, 8, EVEN),
+    Case("dualpipev", 4, 10, EVEN * 2),
+    Case("dualpipev", 4, 8, (1, 2, 1, 1, 1, 1, 2, 1)),
+    Case("dualpipev", 3, 8, (1, 1, 2, 1, 1, 1), again=(0, 1, 0, 0, 0, 1)),
+)
+
+
+class SleepingStage(nn.Module):
+    """Layers that hand on what they are given.
+
+    Args:
+        number: Of the stage.
+        case: The pipeline that it belongs to.
+    """
+
+    def __init__(self, number: int, case: Case) -> None:
+        super().__init__()
+        self.again = case.again[number] if number < len(case.again) else 0
+        self.kept = case.layers[number] - self.again
+        self.number = number
+        self.is_last = number == len(case.layers) - 1
+        self.weight = nn.Parameter(torch.ones(()))
+        self.unit = 0.0
+        self.log: list[tuple[str, int, int]] = []
+        """What was done: its kind, the stage, the micro-batch."""
+
+    def forward(self, x: Tensor, *, numbers: Tensor) -> Tensor:
+        number = int(numbers)
+        self.log.append(("F", self.number, number))
+        if self.number == 0:
+            x = x[..., None] * self.weight
+        x = _Sleep.apply(x, self.weight, self.kept * self.unit, self, number)
+        if self.again:
+            x = checkpoint(self._compute_again, x, use_reentrant=False)
+        return x.sum() if self.is_last else x
+
+    def _compute_again(self, x: Tensor) -> Tensor:
+        return _Sleep.apply(x, self.weight, self.again * self.unit, None, 0)
+
+
+class _Sleep(torch.autograd.Function):
+    """Sleeps for as long as asked, as long for the gradient of x, and as long for that of w."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, seconds: float, stage: SleepingStage | None, number: int
+    ) -> Tensor:
+        ctx.seconds, ctx.stage, ctx.number = seconds, stage, number
+        time.sleep(seconds)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weights = wanted()
+        if ctx.stage is not None:
+            kind = "B" if inputs and weights else "I" if inputs else "W"
+            ctx.stage.log.append((kind, ctx.stage.number, ctx.number))
+        time.sleep(ctx.seconds * (inputs + weights))
+        return grad if inputs else None, grad.sum() if weights else None, None, None, None
+
+
+@dataclass(frozen=True)
+class Sleeper:
+    """This rank's part of a case."""
+
+    case: Case
+    stages: Sequence[SleepingStage]
+    pipeline: Pipeline
+
+    @classmethod
+    def join(cls, case: Case) -> Sleeper:
+        """Take this process's place in the pipeline, and run a step, in which links are made."""
+        spec = LLAMA.replace(num_layers=sum(case.layers))
+        world = World.join(fit(case.plan, spec), torch.device("cpu"))
+        stages = [SleepingStage(number, case) for number in world.stages]
+        pipeline = Pipeline(
+            world,
+            stages,
+            micro_batches=case.micro_batches,
+            activation=((1, 1, 1), torch.float32),
+        )
+        sleeper = cls(case, stages, pipeline)
+        sleeper.step(0.0)
+        return sleeper
+
+    def step(self, unit: float) -> tuple[float, float]:
+        """When a step began on this rank and ended, on the clock that processes share."""
+        for stage in self.stages:
+            stage.unit = unit
+            stage.log.clear()
+        count = self.case.micro_batches
+        tokens, numbers = torch.ones(count, 1, dtype=torch.int64), torch.arange(count)
+        dist.barrier()
+        start = time.monotonic()
+        self.pipeline.step(tokens, numbers=numbers)
+        return start, time.monotonic()
+
+
+Spans = list[tuple[float, float]]
+"""When steps began and ended on one rank."""
+
+
+def sleep_through(
+    cases: Mapping[str, Case], unit: float, steps: int
+) -> dict[str, tuple[Spans, Spans]]:
+    """On every rank: the steps of each case, and those with one micro-batch alone."""
+    found = {}
+    for name, case in cases.items():
+        alone = Sleeper.join(case.of_one_micro_batch)
+        short = [alone.step(TINY) for _ in range(11)]
+        sleeper = Sleeper.join(case)
+        found[name] = ([sleeper.step(unit) for _ in range(steps)], short)
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a case took, and what the planner expected."""
+
+    case: Case
+    measured: tuple[float, ...]
+    """Seconds of each step."""
+    action_seconds: float
+    """What an action costs that sleeps for nothing, measured with one micro-batch alone."""
+    simulated: float
+
+    @property
+    def error(self) -> float:
+        """Of the simulation, against the middle one of the steps."""
+        return self.simulated / statistics.median(self.measured) - 1
+
+
+def compare(case: Case, of_ranks: Sequence[tuple[Spans, Spans]], *, unit: float) -> Comparison:
+    """Hold what every rank measured against the simulation."""
+    alone = case.of_one_micro_batch
+    short = statistics.median(_lengths([spans for _, spans in of_ranks]))
+    actions = alone.simulate(0.0, action_seconds=1.0).seconds
+    cost = (short - alone.simulate(TINY).seconds) / actions
+    return Comparison(
+        case,
+        tuple(_lengths([spans for spans, _ in of_ranks])),
+        cost,
+        case.simulate(unit, action_seconds=cost).seconds,
+    )
+
+
+def _lengths(of_ranks: Sequence[Spans]) -> list[float]:
+    """From the moment at which the first rank began to that at which the last one ended."""
+    return [
+        max(end for _, end in step) - min(start for start, _ in step)
+        for step in zip(*of_ranks, strict=True)
+    ]
