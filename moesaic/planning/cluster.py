@@ -207,7 +207,7 @@ def _read_part(text: str) -> ClusterSpec:
     if 0 in sizes or max(sizes) > 2**20:
         raise PlanError(f"{text!r} has {min(sizes)} devices or too many. Give 1 to {2**20}.")
     if first is not None:
-        nodes = ((replace(node, count=sizes[1]), sizes[0]),)
+        nodes: tuple[tuple[NodeSpec, int], ...] = ((replace(node, count=sizes[1]), sizes[0]),)
     elif device == "cpu":
         nodes = ((replace(node, count=sizes[0]), 1),)
     else:
