@@ -7,11 +7,10 @@ in training, which matters where sending takes long or stages are unlike:
     A message travels from when both ends have asked for it, and takes `send_seconds`. Nothing
     travels between two stages of one rank.
 
-    gpipe asks for a message before the action that needs it, and does not wait for what it sends,
-    but once between the forward and the backward passes.
+    gpipe asks for a message when it needs it, and does not wait for what it sends.
 
-    1f1b asks with each message that it sends for the next it needs, and waits for both; filling and
-    emptying the pipeline, it waits for a message when it has the next one to send.
+    1f1b asks with each message that it sends for the next it needs, and before it asks for more
+    waits for both.
 
     The others send after each turn (in dualpipev F and then B) and never wait for it. A rank asks
     for a message where torch puts that in its list of actions: after those that come before the
@@ -379,12 +378,8 @@ def _one_stage(
         tape.ask(sent, rank)
         tape.ask(tape.needs(action), rank)
         yield from wait(tape.needs(action))
-        unsent = sent
-        if previous is not None and previous.kind != action.kind:
-            yield from wait(sent)
-            unsent = None
         tape.run(action, 0)
-        previous = action
+        previous, unsent = action, sent
     if previous is not None:
         tape.ask(tape.gives(previous), rank)
 
