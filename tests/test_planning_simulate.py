@@ -46,7 +46,14 @@ def random_stages(dice: random.Random, count: int, *, whole: float = 0.3) -> lis
         return dice.random() if dice.random() < whole else 0.0
 
     return [
-        StageSeconds(dice.random(), dice.random(), dice.random(), recompute()) for _ in range(count)
+        StageSeconds(
+            dice.random(),
+            dice.random(),
+            dice.random(),
+            recompute(),
+            is_compiled=dice.random() < whole / 3,
+        )
+        for _ in range(count)
     ]
 
 
@@ -168,14 +175,14 @@ class ClockworkStage(SimpleNamespace):
 
     def backward_one_chunk(self, mb: int, *, full_backward: bool = True, **_: Any) -> None:
         both = self.seconds.input_gradient + self.seconds.weight_gradient
-        if full_backward or self.seconds.recompute:
+        if full_backward or self.seconds.is_whole:
             self.clockwork.work("B", self.stage_index, mb, self.seconds.recompute + both)
         else:
             seconds = 0.0 if self.is_first else self.seconds.input_gradient
             self.clockwork.work("I", self.stage_index, mb, seconds)
 
     def backward_weight_one_chunk(self, mb: int, **_: Any) -> None:
-        if not self.seconds.recompute:
+        if not self.seconds.is_whole:
             both = self.seconds.input_gradient + self.seconds.weight_gradient
             seconds = both if self.is_first else self.seconds.weight_gradient
             self.clockwork.work("W", self.stage_index, mb, seconds)
@@ -328,7 +335,7 @@ def test_no_time_is_below_what_the_slowest_rank_works(schedule):
         timeline = simulate(
             schedule, random_stages(dice, stages), ranks=ranks, micro_batches=micro_batches
         )
-        assert timeline.seconds >= max(timeline.busy)
+        assert timeline.seconds >= max(timeline.busy) * (1 - 1e-12)  # sums in another order
 
 
 # --- What is kept ----------------------------------------------------------------------------
@@ -359,11 +366,12 @@ def test_interleaved_ranks_keep_fewer_the_later_they_come(ranks, chunks):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_peak_is_of_one_moment_and_not_of_each_stage_apart(schedule):
     dice = random.Random(schedule)
-    for ranks, stages, micro_batches in pipelines(schedule, most_ranks=4, most=9):
+    possible = pipelines(schedule, most_ranks=4, most=9)
+    for ranks, stages, micro_batches in dice.sample(possible, k=min(20, len(possible))):
         seconds = random_stages(dice, stages, whole=0.2)
         kept, more = ([dice.randrange(1, 9) for _ in range(stages)] for _ in range(2))
         timeline = simulate(schedule, seconds, ranks=ranks, micro_batches=micro_batches)
-        whole = [stage for stage, of in enumerate(seconds) if of.recompute]
+        whole = [stage for stage, of in enumerate(seconds) if of.is_whole]
         sizes = {"ranks": ranks, "stages": stages, "micro_batches": micro_batches}
         assert timeline.in_flight == in_flight(schedule, **sizes, whole=whole)
         for rank, peak in enumerate(timeline.peak(kept, more)):

@@ -51,7 +51,14 @@ class StageSeconds:
     """The rest of the backward pass."""
 
     recompute: float = 0.0
-    """Of the forward pass, what the backward pass computes again. If any, it is never split."""
+    """Of the forward pass, what the backward pass computes again."""
+
+    is_compiled: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its backward pass is never split in two."""
+        return self.is_compiled or self.recompute > 0
 
 
 class Done(NamedTuple):
@@ -158,7 +165,7 @@ def simulate(
             f"There are {len(hops)} durations of sending between {stages} stages. "
             f"Give one for each stage but the last."
         )
-    whole = frozenset(stage for stage, of in enumerate(stage_seconds) if of.recompute > 0)
+    whole = frozenset(stage for stage, of in enumerate(stage_seconds) if of.is_whole)
     program = _compile(schedule, ranks, stages, micro_batches, whole)
     durations = _durations(stage_seconds, hops, action_seconds)
     moments = [0.0]
