@@ -65,11 +65,15 @@ def actions(
         PlanError: The schedule cannot run so many stages or micro-batches.
     """
     found = turns(schedule, ranks=ranks, stages=stages, micro_batches=micro_batches)
-    every = [[action for turn in of_rank for action in turn] for of_rank in found]
-    if not whole:
-        return every
-    at_once = frozenset(whole)
-    return [[a for action in of_rank for a in _undivided(action, at_once)] for of_rank in every]
+    return [
+        [
+            as_done
+            for turn in of_rank
+            for action in turn
+            if (as_done := undivided(action, whole)) is not None
+        ]
+        for of_rank in found
+    ]
 
 
 def turns(schedule: Schedule, *, ranks: int, stages: int, micro_batches: int) -> list[list[Turn]]:
@@ -97,11 +101,12 @@ def turns(schedule: Schedule, *, ranks: int, stages: int, micro_batches: int) ->
 _FB: tuple[Kind, Kind] = ("F", "B")
 
 
-def _undivided(action: Action, whole: frozenset[int]) -> Iterator[Action]:
-    if action.stage not in whole or action.kind in _FB:
-        yield action
-    elif action.kind == "I":
-        yield action._replace(kind="B")
+def undivided(action: Action, whole: Collection[int]) -> Action | None:
+    """What an action is if the stages of `whole` go back at once; None if nothing is left of it."""
+    kind, stage, _ = action
+    if stage not in whole or kind in _FB:
+        return action
+    return action._replace(kind="B") if kind == "I" else None
 
 
 def _numbered(work: Iterable[tuple[_Work, ...]], micro_batches: int) -> list[Turn]:

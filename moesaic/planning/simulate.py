@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moesaic.errors import PlanError
-from moesaic.planning.actions import Action, Kind, Turn, actions, turns
+from moesaic.planning.actions import Action, Kind, Turn, actions, turns, undivided
 from moesaic.planning.plan import Schedule
 from moesaic.planning.schedules import stages_of
 
@@ -83,15 +83,15 @@ class Timeline:
     _program: _Program
     _moments: list[float]
     """When each sum of the program is reached."""
+    _whole: frozenset[int]
+    """Stages that do not split their backward pass."""
 
     @functools.cached_property
     def done(self) -> tuple[Done, ...]:
         """Every action, rank by rank, in the order in which the rank does it."""
         found = []
-        for rank, (order, ends) in enumerate(
-            zip(self._program.orders, self._program.ends, strict=True)
-        ):
-            for action, end in zip(order, ends, strict=True):
+        for rank, steps in enumerate(self._steps):
+            for action, end in steps:
                 first, second, _ = self._program.sums[end - 1]
                 start = max(self._moments[first], self._moments[second])
                 found.append(Done(action, rank, start, self._moments[end]))
@@ -100,7 +100,19 @@ class Timeline:
     @functools.cached_property
     def in_flight(self) -> tuple[int, ...]:
         """The most micro-batches of which each stage keeps activations at once."""
-        return _most_in_flight(self._program.orders)
+        return _most_in_flight([[action for action, _ in steps] for steps in self._steps])
+
+    @functools.cached_property
+    def _steps(self) -> list[list[tuple[Action, int]]]:
+        """What each rank does, and the moment at which that is done."""
+        return [
+            [
+                (as_done, end)
+                for action, end in steps
+                if (as_done := undivided(action, self._whole)) is not None
+            ]
+            for steps in self._program.steps
+        ]
 
     def peak(
         self, kept_bytes: Sequence[float], deferred_bytes: Sequence[float] | None = None
@@ -118,9 +130,9 @@ class Timeline:
         none = [0.0] * len(kept_bytes)
         gradients = none if deferred_bytes is None else deferred_bytes
         peaks = []
-        for order in self._program.orders:
+        for steps in self._steps:
             bytes_now = most = 0.0
-            for kind, stage, _ in order:
+            for (kind, stage, _), _ in steps:
                 if kind == "F":
                     bytes_now += kept_bytes[stage]
                 elif kind == "I" and stage:
@@ -166,7 +178,7 @@ def simulate(
             f"Give one for each stage but the last."
         )
     whole = frozenset(stage for stage, of in enumerate(stage_seconds) if of.is_whole)
-    program = _compile(schedule, ranks, stages, micro_batches, whole)
+    program = _compile(schedule, ranks, stages, micro_batches)
     durations = _durations(stage_seconds, hops, action_seconds)
     moments = [0.0]
     reach = moments.append
@@ -174,12 +186,13 @@ def simulate(
         earlier, later = moments[first], moments[second]
         reach((earlier if earlier > later else later) + durations[duration])
     return Timeline(
-        seconds=max(moments[ends[-1]] for ends in program.ends),
+        seconds=max(moments[steps[-1][1]] for steps in program.steps),
         busy=tuple(
             sum(durations[code] * count for code, count in counts) for counts in program.counts
         ),
         _program=program,
         _moments=moments,
+        _whole=whole,
     )
 
 
@@ -226,15 +239,26 @@ def _durations(
     for seconds in (*itertools.chain.from_iterable(parts), *hops, action_seconds):
         if not 0 <= seconds < math.inf:
             raise PlanError(f"A stage or a message takes {seconds} s. Give 0 or more.")
-    work = [forward for forward, *_ in parts]
-    work += [sum(backward) for _, *backward in parts]
+    durations = [0.0]
+    for kind in _KINDS:
+        durations += [
+            _work_seconds(kind, stage, of, action_seconds) for stage, of in enumerate(stages)
+        ]
+    return durations + list(hops)
+
+
+def _work_seconds(kind: Kind, stage: int, of: StageSeconds, action_seconds: float) -> float:
+    if kind == "F":
+        return of.forward + action_seconds
+    if of.is_whole and kind == "W":
+        return 0.0
+    backward = of.recompute + of.input_gradient + of.weight_gradient
+    if of.is_whole or kind == "B":
+        return backward + action_seconds
     # The first stage has no input that wants a gradient.
-    work += [inputs if stage else 0.0 for stage, (_, inputs, _, _) in enumerate(parts)]
-    work += [
-        weights if stage else inputs + weights
-        for stage, (_, inputs, weights, _) in enumerate(parts)
-    ]
-    return [0.0, *(seconds + action_seconds for seconds in work), *hops]
+    if stage == 0:
+        return (backward if kind == "W" else 0.0) + action_seconds
+    return (of.input_gradient if kind == "I" else of.weight_gradient) + action_seconds
 
 
 # --- Which moments follow from which ---------------------------------------------------------
@@ -250,11 +274,8 @@ class _Program:
     sums: list[tuple[int, int, int]]
     """Moment n + 1 is the later of two before it, and a duration more; moment 0 is the start."""
 
-    orders: list[list[Action]]
-    """What each rank does."""
-
-    ends: list[list[int]]
-    """The moment at which each of that is done."""
+    steps: list[list[tuple[Action, int]]]
+    """What each rank does, and the moment at which that is done."""
 
     counts: list[list[tuple[int, int]]]
     """Of each rank, durations and how often it works so long."""
@@ -267,14 +288,12 @@ class _Tape:
         ranks: Pipeline ranks.
         stages: Of all ranks.
         rank_of: Of each stage, who runs it.
-        whole: As in `actions`.
     """
 
-    def __init__(self, ranks: int, stages: int, rank_of: list[int], whole: frozenset[int]) -> None:
-        self.stages, self.rank_of, self.whole = stages, rank_of, whole
+    def __init__(self, ranks: int, stages: int, rank_of: list[int]) -> None:
+        self.stages, self.rank_of = stages, rank_of
         self.sums: list[tuple[int, int, int]] = []
-        self.orders: list[list[Action]] = [[] for _ in range(ranks)]
-        self.ends: list[list[int]] = [[] for _ in range(ranks)]
+        self.steps: list[list[tuple[Action, int]]] = [[] for _ in range(ranks)]
         self.clocks = [0] * ranks
         """The moment up to which each rank has come."""
         self.arrivals: dict[_Message, int] = {}
@@ -323,31 +342,23 @@ class _Tape:
 
     def run(self, action: Action, arrival: int) -> None:
         """Let an action be done when its rank is there and what it needs has arrived."""
-        if action.stage in self.whole:
-            if action.kind == "W":
-                return
-            if action.kind == "I":
-                action = action._replace(kind="B")
         rank = self.rank_of[action.stage]
         end = self.later(self.clocks[rank], arrival, self._work[action[:2]])
         self.clocks[rank] = end
-        self.orders[rank].append(action)
-        self.ends[rank].append(end)
+        self.steps[rank].append((action, end))
 
     def program(self) -> _Program:
         """What was written."""
-        counts = [Counter(self.sums[end - 1][2] for end in ends) for ends in self.ends]
-        return _Program(self.sums, self.orders, self.ends, [list(c.items()) for c in counts])
+        counts = [Counter(self.sums[end - 1][2] for _, end in steps) for steps in self.steps]
+        return _Program(self.sums, self.steps, [list(count.items()) for count in counts])
 
 
-@functools.lru_cache(maxsize=32)
-def _compile(
-    schedule: Schedule, ranks: int, stages: int, micro_batches: int, whole: frozenset[int]
-) -> _Program:
+@functools.lru_cache(maxsize=16)
+def _compile(schedule: Schedule, ranks: int, stages: int, micro_batches: int) -> _Program:
     taken = turns(schedule, ranks=ranks, stages=stages, micro_batches=micro_batches)
     own = [stages_of(rank, schedule, ranks=ranks, stages=stages) for rank in range(ranks)]
     rank_of = [next(r for r, numbers in enumerate(own) if n in numbers) for n in range(stages)]
-    tape = _Tape(ranks, stages, rank_of, whole)
+    tape = _Tape(ranks, stages, rank_of)
     if ranks == 1 or schedule in ("gpipe", "1f1b"):
         _in_pairs(tape, taken, waits_to_send=schedule == "1f1b")
     else:
