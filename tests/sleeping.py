@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from moesaic.parallel.world import World
 from moesaic.planning.layout import fit
 from moesaic.planning.plan import Schedule, Stage, TrainPlan
 from moesaic.planning.simulate import StageSeconds, Timeline, simulate
+from tests.ranks import run_ranks
 from tests.tiny import LLAMA
 
 UNIT = 0.02
@@ -252,8 +253,22 @@ class Comparison:
         return self.simulated / statistics.median(self.measured) - 1
 
 
-def compare(case: Case, of_ranks: Sequence[tuple[Spans, Spans]], *, unit: float) -> Comparison:
-    """Hold what every rank measured against the simulation."""
+PART = 6
+"""Cases that one world of ranks runs."""
+
+
+def compare(cases: Sequence[Case], *, unit: float, steps: int) -> Iterator[Comparison]:
+    """Let real ranks sleep through cases, and hold what they take against simulations."""
+    for ranks in sorted({case.ranks for case in cases}):
+        equal = [case for case in cases if case.ranks == ranks]
+        for start in range(0, len(equal), PART):
+            part = {case.name: case for case in equal[start : start + PART]}
+            of_ranks = run_ranks(ranks, sleep_through, part, unit, steps)
+            for name, case in part.items():
+                yield _compared(case, [of_rank[name] for of_rank in of_ranks], unit)
+
+
+def _compared(case: Case, of_ranks: Sequence[tuple[Spans, Spans]], unit: float) -> Comparison:
     alone = case.of_one_micro_batch
     short = statistics.median(_lengths([spans for _, spans in of_ranks]))
     actions = alone.simulate(0.0, action_seconds=1.0).seconds

@@ -23,7 +23,7 @@ from moesaic.planning.plan import V_SHAPED
 from moesaic.planning.schedules import can_run, stages_of
 from moesaic.planning.simulate import StageSeconds, in_flight, simulate
 from tests.ranks import run_ranks
-from tests.sleeping import CASES, UNIT, Case, Sleeper, compare, sleep_through
+from tests.sleeping import CASES, UNIT, Case, Sleeper, compare
 
 SCHEDULES = (*_ONE_STAGE, *_SEVERAL)
 SPLITTING = ("zb1p", "zbv", "dualpipev")
@@ -502,34 +502,20 @@ def test_training_does_what_is_planned(case):
 def test_real_ranks_wait_for_each_other_as_simulated():
     """Only so much as a busy machine cannot spoil: sleeping ranks are never early."""
     cases = [Case("1f1b", 2, 3, (1, 1)), Case("zbv", 2, 4, (1, 1, 1, 1))]
-    found = run_ranks(2, sleep_through, {case.name: case for case in cases}, 0.01, 1)
-    for case in cases:
-        comparison = compare(case, [of_rank[case.name] for of_rank in found], unit=0.01)
-        assert comparison.measured[0] >= case.simulate(0.01).seconds - 1e-4
+    for comparison in compare(cases, unit=0.01, steps=1):
+        assert comparison.measured[0] >= comparison.case.simulate(0.01).seconds - 1e-4
         assert comparison.action_seconds > 0
 
 
 LIMIT = 0.02
 
 
-@functools.cache
-def compared(ranks: int, part: int) -> dict[str, Any]:
-    cases = {case.name: case for case in CASES if case.ranks == ranks}
-    chosen = dict(list(cases.items())[part * PART : (part + 1) * PART])
-    found = run_ranks(ranks, sleep_through, chosen, UNIT, 5)
-    return {
-        name: compare(case, [of_rank[name] for of_rank in found], unit=UNIT)
-        for name, case in chosen.items()
-    }
-
-
-PART = 9
-"""Cases that one world of ranks runs."""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_simulation_is_what_real_ranks_take(case):
-    names = [other.name for other in CASES if other.ranks == case.ranks]
-    comparison = compared(case.ranks, names.index(case.name) // PART)[case.name]
-    assert abs(comparison.error) <= LIMIT, comparison
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_a_simulation_is_what_real_ranks_take(ranks):
+    """What other work on this machine has made late is tried again."""
+    left = [case for case in CASES if case.ranks == ranks]
+    for _ in range(4):
+        found = list(compare(left, unit=UNIT, steps=5))
+        left = [one.case for one in found if abs(one.error) > LIMIT]
+    assert not left, found
