@@ -1,0 +1,180 @@
+"""Stages and recompute of a pipeline together, so that its slowest rank is as fast as can be.
+
+one stage a rank, any units                exact
+several stages a rank, equal layers        exact
+several stages a rank, any other units     a layout found step by step, and a lower bound
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from moesaic.errors import PlanError
+from moesaic.planning.chain import Chain
+from moesaic.planning.interleave import EqualLayers
+from moesaic.planning.layouts import Layouts
+from moesaic.planning.problem import Choice, Problem, Solution, Unit
+from moesaic.planning.row import Row
+from moesaic.planning.split import Span
+
+GIB = 2**30
+
+__all__ = ["Choice", "Problem", "Shortage", "Solution", "Unit", "near_optimal", "shortage", "solve"]
+
+
+class Shortage(NamedTuple):
+    """The rank that lacks the most bytes in the layout where it lacks the least."""
+
+    rank: int
+    needed_bytes: float
+    """At least, whatever is recomputed."""
+    available_bytes: float
+
+
+class _Found(NamedTuple):
+    stages: list[Span]
+    bound: float | None
+    """None where the stages are proved to be the best."""
+
+
+def solve(problem: Problem) -> Solution:
+    """The stages with the least bottleneck, and the cheapest recompute that fits in each.
+
+    Raises:
+        PlanError: Nothing fits, or nothing was found that fits.
+    """
+    row = Row(problem)
+    stages, bound = _find(row)
+    return row.solution(stages, bound=bound)
+
+
+def near_optimal(problem: Problem, *, slack: float = 0.01, limit: int = 64) -> list[Solution]:
+    """Layouts whose bottleneck is little above the least, each with its cheapest recompute.
+
+    Args:
+        problem: As for `solve`.
+        slack: How much slower the slowest rank may be, as a fraction.
+        limit: Layouts to list, at most.
+
+    Returns:
+        Different layouts, by bottleneck and then by the seconds of all ranks together. They are
+        reached by small steps from what `solve` finds and, with one stage a rank, from the
+        layouts that put the least time on the first, on the last and on the middle ranks.
+
+    Raises:
+        PlanError: Nothing fits, or nothing was found that fits.
+    """
+    row = Row(problem)
+    stages, bound = _find(row)
+    layouts = Layouts(row)
+    best = layouts.edges(stages)
+    fastest = layouts.score(best).seconds[0]
+    seeds = [best]
+    if problem.interleave == 1:
+        ramp = [rank + 1.0 for rank in range(problem.ranks)]
+        peak = [1.0 + min(rank, problem.ranks - 1 - rank) for rank in range(problem.ranks)]
+        chain = Chain(row)
+        for weights in (ramp, ramp[::-1], peak):
+            seeds.append(layouts.edges(chain.best_within(fastest, weights)))
+    known = fastest if bound is None else bound
+    near = layouts.near(
+        list(dict.fromkeys(seeds)), limit=fastest * (1 + slack), count=max(1, limit)
+    )
+    return [row.solution(layouts.stages(edges), bound=known) for edges in near]
+
+
+def shortage(problem: Problem) -> Shortage | None:
+    """What is missing where nothing fits; None where something fits, or may."""
+    row = Row(problem)
+    if problem.interleave == 1:
+        stages = Chain(row).tightest()
+    else:
+        equal = EqualLayers.of(row)
+        stages = _one_stage_a_rank(row) if equal is None else equal.tightest()
+        if equal is None or not equal.is_exact:
+            layouts = Layouts(row)
+            stages = layouts.stages(layouts.improve(layouts.edges(stages)))
+    found = _shortage(row, stages)
+    return found if found.needed_bytes > found.available_bytes else None
+
+
+def _find(row: Row) -> _Found:
+    if row.problem.interleave == 1:
+        chain = Chain(row)
+        stages = chain.best()
+        if stages is None:
+            raise _does_not_fit(_shortage(row, chain.tightest()))
+        return _Found(stages, None)
+    equal = EqualLayers.of(row)
+    if equal is None or not equal.is_exact:
+        return _search(row, equal)
+    stages = equal.best()
+    if stages is None:
+        raise _does_not_fit(_shortage(row, equal.tightest()))
+    return _Found(stages, None)
+
+
+def _search(row: Row, equal: EqualLayers | None) -> _Found:
+    """Improve the best layouts of simpler problems, and bound what any other could be."""
+    from moesaic.planning.relax import halves_bound, linear_bound
+
+    layouts = Layouts(row)
+    starts = [_one_stage_a_rank(row)]
+    if equal is not None:
+        starts.append(equal.best() or equal.tightest())
+    improved = [layouts.improve(layouts.edges(stages)) for stages in starts]
+    score, edges = min((layouts.score(found), found) for found in improved)
+    stages, fastest = layouts.stages(edges), score.seconds[0]
+    if fastest == math.inf:
+        raise _does_not_fit(_shortage(row, stages))
+    bound = linear_bound(row)
+    if equal is not None:
+        bound = max(bound, halves_bound(equal, fastest))
+    return _Found(stages, bound)
+
+
+def _one_stage_a_rank(row: Row) -> list[Span]:
+    """The best stages if each had its share of its rank's bytes to itself."""
+    problem = row.problem
+    state = sum(unit.state_bytes for unit in problem.units) / problem.stages
+    kept = sum(unit.choices[0].kept_bytes for unit in problem.units) / problem.stages
+    needs = [state + in_flight * kept for in_flight in problem.in_flight]
+    budgets, speeds = [0.0] * problem.stages, [1.0] * problem.stages
+    for rank in range(problem.ranks):
+        total = sum(needs[stage] for stage in problem.stages_of(rank))
+        for stage in problem.stages_of(rank):
+            share = needs[stage] / total if total else 1 / problem.interleave
+            budgets[stage] = problem.budgets[rank] * share
+            speeds[stage] = problem.speeds[rank]
+    alone = dataclasses.replace(
+        problem,
+        ranks=problem.stages,
+        interleave=1,
+        v_shaped=False,
+        budgets=tuple(budgets),
+        speeds=tuple(speeds),
+    )
+    chain = Chain(Row(alone))
+    return chain.best() or chain.tightest()
+
+
+def _shortage(row: Row, stages: list[Span]) -> Shortage:
+    problem = row.problem
+    needs = [row.least_bytes(row.groups_of(rank, stages)) for rank in range(problem.ranks)]
+    rank = max(range(problem.ranks), key=lambda rank: needs[rank] - problem.budgets[rank])
+    return Shortage(rank, needs[rank], problem.budgets[rank])
+
+
+def _does_not_fit(found: Shortage) -> PlanError:
+    return PlanError(
+        f"No layout was found that fits: in the tightest one, rank {found.rank} of the pipeline "
+        f"needs at least {_size(found.needed_bytes)} for its units and has "
+        f"{_size(found.available_bytes)}. Use more pipeline or tensor ranks, a smaller "
+        f"micro-batch, zero, or a schedule with fewer micro-batches in flight."
+    )
+
+
+def _size(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if abs(count) >= GIB else f"{count:.0f} bytes"

@@ -1,0 +1,338 @@
+"""The solver of stages and recompute, held against brute force and against HiGHS."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moesaic.errors import PlanError
+from moesaic.planning import chain, choose
+from moesaic.planning.solve import Choice, Problem, Solution, Unit, solve
+
+NAMES = ("none", "moe_activations", "attention", "full")
+
+
+# --- Random problems ---------------------------------------------------------------------------
+
+
+def random_choices(rng: random.Random, count: int, *, scale: float, real: bool) -> tuple:
+    """`none`, which keeps most, and others, most of which keep less and take time."""
+    most = rng.randint(4, 30)
+    choices = [Choice("none", 0, most)]
+    for name in NAMES[1:count]:
+        seconds = rng.uniform(0, scale) if real else rng.randint(0, int(scale))
+        transient = rng.choice([0, 0, rng.randint(1, 20)])
+        choices.append(Choice(name, seconds, rng.randint(0, most), transient))
+    return tuple(choices)
+
+
+def random_problem(
+    seed: int, *, layers: int, choices: int, ranks: int, few_cuts: bool = True
+) -> Problem:
+    """Every layer another; a third of them are one unit, the others two that a cut may part."""
+    rng = random.Random(seed)
+    real = rng.random() < 0.5
+    units: list[Unit] = []
+    joint = {}
+
+    def add(name: str, count: int) -> None:
+        seconds = rng.uniform(1, 20) if real else rng.randint(1, 20)
+        own = random_choices(rng, count, scale=10, real=real)
+        units.append(Unit(name, seconds, rng.randint(0, 30), own))
+
+    for layer in range(layers):
+        if rng.random() < 1 / 3:
+            add(f"unit{layer}", choices)
+            continue
+        joint[len(units)] = random_choices(rng, choices, scale=15, real=real)
+        add(f"{layer}.attention", rng.randint(1, min(choices, 3)))
+        add(f"{layer}.feed_forward", rng.randint(1, min(choices, 3)))
+    possible = range(1, len(units))
+    least = min(ranks, len(units)) - 1 if few_cuts else 3 * len(possible) // 4
+    cuts = frozenset(rng.sample(possible, rng.randint(least, len(possible))))
+    ranks = min(ranks, len(cuts) + 1)
+    in_flight = rng.choice(
+        [
+            tuple(float(ranks - stage) for stage in range(ranks)),
+            tuple(float(rng.randint(1, 6)) for _ in range(ranks)),
+            tuple(rng.randint(2, 9) / 2 for _ in range(ranks)),
+        ]
+    )
+    keep_all = sum(u.state_bytes + 1.5 * max(in_flight) * u.choices[0].kept_bytes for u in units)
+    budget = int(keep_all / ranks * rng.uniform(0.25, 0.6)) + 10
+    spread = rng.choice([0, 0.3])
+    kinds = rng.choice([[1.0], [1.0], [0.5, 1.0]])
+    return Problem(
+        units=tuple(units),
+        layers=joint,
+        cuts=cuts,
+        ranks=ranks,
+        in_flight=in_flight,
+        budgets=tuple(int(budget * rng.uniform(1 - spread, 1 + spread)) for _ in range(ranks)),
+        speeds=tuple(rng.choice(kinds) for _ in range(ranks)),
+    )
+
+
+# --- Brute force -------------------------------------------------------------------------------
+
+
+def items_of(problem: Problem, begin: int, end: int) -> list[tuple[str | int, tuple, float, float]]:
+    """Key, choices, seconds and state of everything in a stage."""
+    found, unit = [], begin
+    while unit < end:
+        one = problem.units[unit]
+        if unit in problem.layers and unit + 1 < end:
+            two = problem.units[unit + 1]
+            key = int(one.name.split(".")[0])
+            found.append(
+                (
+                    key,
+                    problem.layers[unit],
+                    one.seconds + two.seconds,
+                    one.state_bytes + two.state_bytes,
+                )
+            )
+            unit += 2
+        else:
+            found.append((one.name, one.choices, one.seconds, one.state_bytes))
+            unit += 1
+    return found
+
+
+def stages_of(problem: Problem, rank: int) -> list[int]:
+    """Stages of a rank: to and fro, or round and round."""
+    if problem.v_shaped:
+        return [rank, 2 * problem.ranks - 1 - rank]
+    return [rank + problem.ranks * turn for turn in range(problem.interleave)]
+
+
+def every_way(problem: Problem, spans: list[tuple[int, int]], in_flight: list[float]) -> tuple:
+    """Seconds and bytes of a rank for every product of its choices."""
+    seconds, held, transient = np.zeros(1), np.zeros(1), np.zeros(1)
+    for (begin, end), number in zip(spans, in_flight, strict=True):
+        for _, choices, base, state in items_of(problem, begin, end):
+            extra = np.array([c.seconds for c in choices], float)
+            kept = np.array([c.kept_bytes for c in choices], float)
+            again = np.array([c.transient_bytes for c in choices], float)
+            seconds = (seconds[:, None] + (base + extra)).ravel()
+            held = (held[:, None] + (state + number * kept)).ravel()
+            transient = np.maximum(transient[:, None], again).ravel()
+    return seconds, held + transient
+
+
+def brute_force(problem: Problem, *, only_none: bool = False) -> float:
+    """Least seconds of the slowest rank over all cuts and all choices; infinite if nothing fits."""
+    stages = problem.ranks * problem.interleave
+    cache: dict[Any, float] = {}
+
+    def rank_seconds(rank: int, spans: list[tuple[int, int]], in_flight: list[float]) -> float:
+        key = rank, *spans
+        if key not in cache:
+            seconds, held = every_way(problem, spans, in_flight)
+            if only_none:
+                seconds, held = seconds[:1], held[:1]
+            fits = seconds[held <= problem.budgets[rank]]
+            cache[key] = float(fits.min()) / problem.speeds[rank] if len(fits) else math.inf
+        return cache[key]
+
+    best = math.inf
+    for cuts in itertools.combinations(sorted(problem.cuts - {0}), stages - 1):
+        edges = [0, *cuts, len(problem.units)]
+        slowest = 0.0
+        for rank in range(problem.ranks):
+            mine = stages_of(problem, rank)
+            spans = [(edges[s], edges[s + 1]) for s in mine]
+            slowest = max(slowest, rank_seconds(rank, spans, [problem.in_flight[s] for s in mine]))
+            if slowest >= best:
+                break
+        best = min(best, slowest)
+    return best
+
+
+def check_is_what_it_says(problem: Problem, solution: Solution) -> None:
+    """The solution's stages and choices take the seconds and bytes it tells, and fit."""
+    assert [begin for begin, _ in solution.stages] == [0, *(end for _, end in solution.stages[:-1])]
+    assert solution.stages[-1][1] == len(problem.units)
+    assert all(begin in problem.cuts for begin, _ in solution.stages[1:])
+    assert all(begin < end for begin, end in solution.stages)
+    told = dict(solution.recompute)
+    for rank in range(problem.ranks):
+        mine = stages_of(problem, rank)
+        seconds, held, transient = 0.0, 0.0, 0.0
+        for stage in mine:
+            for key, choices, base, state in items_of(problem, *solution.stages[stage]):
+                name = told.pop(key, "none")
+                choice = next(c for c in choices if c.recompute == name)
+                seconds += base + choice.seconds
+                held += state + problem.in_flight[stage] * choice.kept_bytes
+                transient = max(transient, choice.transient_bytes)
+        assert solution.rank_seconds[rank] == pytest.approx(
+            seconds / problem.speeds[rank], rel=1e-12
+        )
+        assert solution.rank_bytes[rank] == pytest.approx(held + transient, rel=1e-12)
+        assert held + transient <= problem.budgets[rank]
+    assert not told
+    assert solution.bottleneck == max(solution.rank_seconds)
+
+
+def check_is_best(problem: Problem) -> str:
+    """Compare with brute force; whether all, some or no recompute fits."""
+    expected = brute_force(problem)
+    if expected == math.inf:
+        with pytest.raises(PlanError, match="needs at least"):
+            solve(problem)
+        return "nothing fits"
+    solution = solve(problem)
+    check_is_what_it_says(problem, solution)
+    assert solution.bottleneck == pytest.approx(expected, rel=1e-13)
+    assert solution.bound == solution.bottleneck
+    return "fits" if brute_force(problem, only_none=True) < math.inf else "must recompute"
+
+
+def mixed(seed: int) -> Problem:
+    layers, choices = ((7, 4), (12, 2), (5, 4), (9, 2), (3, 4))[seed % 5]
+    return random_problem(seed, layers=layers, choices=choices, ranks=1 + seed // 5 % 4)
+
+
+# --- One stage a rank --------------------------------------------------------------------------
+
+
+def test_cuts_and_recompute_of_random_problems_equal_brute_force():
+    verdicts = Counter(check_is_best(mixed(seed)) for seed in range(80))
+    assert verdicts["must recompute"] >= 20
+    assert verdicts["nothing fits"] >= 10
+    assert verdicts["fits"] >= 10
+
+
+@pytest.mark.slow
+def test_cuts_and_recompute_of_500_random_problems_equal_brute_force():
+    verdicts = Counter(check_is_best(mixed(seed)) for seed in range(500))
+    assert verdicts["must recompute"] >= 150
+    assert verdicts["nothing fits"] >= 75
+
+
+def test_bounds_that_prune_choices_lose_no_optimum(monkeypatch):
+    monkeypatch.setattr(choose, "FEW", 0)
+    for seed in range(1000, 1060):
+        check_is_best(mixed(seed))
+
+
+def test_stages_without_a_short_number_equal_brute_force(monkeypatch):
+    """As many different layers as make the code of a stage too long for an integer."""
+    monkeypatch.setattr(chain, "LONGEST_CODE", 1)
+    for seed in range(2000, 2030):
+        check_is_best(mixed(seed))
+
+
+# --- HiGHS -------------------------------------------------------------------------------------
+
+
+def highs(problem: Problem) -> float:
+    """Least seconds of the slowest rank: a column for each rank and stage, and for each choice."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    edges = sorted({0, *problem.cuts, len(problem.units)})
+    spans = list(itertools.combinations(edges, 2))
+    keys = {}
+    for span in spans:
+        for key, choices, _, _ in items_of(problem, *span):
+            keys[key] = choices
+    names: dict[tuple, int] = {}
+    for rank in range(problem.ranks):
+        for span in spans:
+            names["stage", rank, span] = len(names)
+        for key, choices in keys.items():
+            for number in range(len(choices)):
+                names["choice", rank, key, number] = len(names)
+        names["transient", rank] = len(names)
+    names["slowest",] = len(names)
+    rows, low, high = [], [], []
+
+    def constrain(terms: list[tuple[tuple, float]], least: float, most: float) -> None:
+        row = np.zeros(len(names))
+        for name, factor in terms:
+            row[names[name]] += factor
+        rows.append(row)
+        low.append(least)
+        high.append(most)
+
+    for rank in range(problem.ranks):
+        constrain([(("stage", rank, span), 1) for span in spans], 1, 1)
+        for edge in edges:
+            begins = [(("stage", rank, span), 1) for span in spans if span[0] == edge]
+            if rank == 0 and edge > 0:
+                constrain(begins, 0, 0)
+            if rank > 0:
+                ends = [(("stage", rank - 1, span), -1) for span in spans if span[1] == edge]
+                constrain(begins + ends, 0, 0)
+            if rank == problem.ranks - 1 and edge < len(problem.units):
+                constrain([(("stage", rank, s), 1) for s in spans if s[1] == edge], 0, 0)
+        held = [(("transient", rank), 1.0)]
+        taken = [(("slowest",), -problem.speeds[rank])]
+        for span in spans:
+            items = items_of(problem, *span)
+            held.append((("stage", rank, span), sum(state for *_, state in items)))
+            taken.append((("stage", rank, span), sum(seconds for *_, seconds, _ in items)))
+        for key, choices in keys.items():
+            mine = [("choice", rank, key, number) for number in range(len(choices))]
+            holders = [s for s in spans if any(key == item[0] for item in items_of(problem, *s))]
+            constrain(
+                [(name, 1) for name in mine] + [(("stage", rank, s), -1) for s in holders], 0, 0
+            )
+            constrain(
+                [(("transient", rank), 1)]
+                + [(n, -c.transient_bytes) for n, c in zip(mine, choices, strict=True)],
+                0,
+                np.inf,
+            )
+            for name, choice in zip(mine, choices, strict=True):
+                held.append((name, problem.in_flight[rank] * choice.kept_bytes))
+                taken.append((name, choice.seconds))
+        constrain(held, -np.inf, problem.budgets[rank])
+        constrain(taken, -np.inf, 0)
+    integral = np.array([name[0] in ("stage", "choice") for name in names], float)
+    result = milp(
+        np.eye(1, len(names), len(names) - 1)[0],
+        constraints=LinearConstraint(np.array(rows), low, high),
+        integrality=integral,
+        bounds=Bounds(0, np.where(integral, 1, np.inf)),
+        options={"mip_rel_gap": 0},
+    )
+    assert result.status in (0, 2), result.message
+    return float(result.fun) if result.status == 0 else math.inf
+
+
+def check_equals_highs(seed: int) -> str:
+    rng = random.Random(seed)
+    problem = random_problem(
+        seed,
+        layers=rng.randint(12, 18),
+        choices=rng.choice([3, 4]),
+        ranks=rng.randint(4, 7),
+        few_cuts=False,
+    )
+    expected = highs(problem)
+    if expected == math.inf:
+        with pytest.raises(PlanError, match="needs at least"):
+            solve(problem)
+        return "nothing fits"
+    solution = solve(problem)
+    check_is_what_it_says(problem, solution)
+    assert solution.bottleneck == pytest.approx(expected, rel=1e-6)
+    return "must recompute" if solution.recompute else "keeps all"
+
+
+def test_larger_problems_equal_highs():
+    assert Counter(check_equals_highs(seed) for seed in range(4))["must recompute"]
+
+
+@pytest.mark.slow
+def test_40_larger_problems_equal_highs():
+    verdicts = Counter(check_equals_highs(seed) for seed in range(40))
+    assert verdicts["must recompute"] >= 15
