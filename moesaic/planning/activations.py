@@ -441,7 +441,7 @@ def _our_expert_rows(
         return [
             Part("rows of the experts", 2 * copies * hidden),
             *_rounded(held, weights, NOT_INSIDE),
-            Part("gate, its SiLU, up, product", 4 * 2 * copies * columns, NOT_INSIDE),
+            Part("gate, its SiLU, up, product of the experts", 8 * copies * columns, NOT_INSIDE),
         ]
     return [
         Part("rows of the experts, filled up", 4 * routed.padded * hidden, NOT_INSIDE),

@@ -21,8 +21,8 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from moesaic.planning.actions import Action, actions
 from moesaic.planning.activations import (
@@ -38,7 +38,7 @@ from moesaic.planning.activations import (
 from moesaic.planning.job import Job
 from moesaic.planning.plan import Recompute
 from moesaic.planning.schedules import stages_of
-from moesaic.planning.shape import DenseShape, ModelShape, MoEShape
+from moesaic.planning.shape import AttentionShape, DenseShape, ModelShape, MoEShape
 from moesaic.planning.split import Span
 
 GIB = 2**30
@@ -51,6 +51,10 @@ default there) and, once more, of Transformer Engine (`get_cublas_workspace_size
 
 GROUPED_STREAMS = 4
 """Streams over which Transformer Engine runs grouped products, each with a workspace."""
+
+
+Recomputed = Mapping[Any, str]
+"""What is recomputed: by layer, an int, or for a half of a layer that is cut by its unit's name."""
 
 
 class States(NamedTuple):
@@ -153,18 +157,7 @@ def count_parameters(shape: ModelShape, held: Held, unit: int) -> Count:
         return Count(held.vocab(shape.vocab) * hidden + shape.norm_parameters)
     layer = shape.layers[(unit - 1) // 2]
     if unit % 2:
-        heads, kv_heads = held.heads(layer.attention)
-        attention = layer.attention
-        count = float(shape.norm_parameters + attention.vectors(hidden))
-        for matrix in attention.matrices(hidden):
-            if matrix.shared == "whole":
-                count += matrix.inputs * matrix.outputs
-            elif matrix.name == "qkv":
-                per_key = attention.head_dim + attention.value_dim
-                count += hidden * (heads * attention.head_dim + kv_heads * per_key)
-            else:
-                count += matrix.inputs * matrix.outputs * heads / attention.heads
-        return Count(count)
+        return Count(shape.norm_parameters + _of_attention(layer.attention, hidden, held))
     network = layer.feed_forward
     if isinstance(network, DenseShape):
         count = network.parameters(hidden) * held.columns(network.ffn_dim) / network.ffn_dim
@@ -176,6 +169,21 @@ def count_parameters(shape: ModelShape, held: Held, unit: int) -> Count:
     experts, columns = held.experts(network)
     of_one = network.expert_parameters(hidden) * columns / network.expert_dim
     return Count(dense, experts * of_one)
+
+
+def _of_attention(shape: AttentionShape, hidden: int, held: Held) -> float:
+    heads, kv_heads = held.heads(shape)
+    width = heads * shape.head_dim + kv_heads * (shape.head_dim + shape.value_dim)
+    count = 0.0
+    for matrix in shape.matrices(hidden):
+        if matrix.name == "qkv":
+            count += hidden * width
+        elif matrix.shared == "whole":
+            count += matrix.inputs * matrix.outputs
+        else:
+            count += matrix.inputs * matrix.outputs * heads / shape.heads
+    whole = replace(shape, bias=False).vectors(hidden)
+    return count + whole + (width if shape.bias else 0)
 
 
 def states_of(job: Job, count: Count) -> States:
@@ -268,11 +276,14 @@ def fixed_memory(
     held = Held(job, means or Means())
     own = stages_of(pipeline_rank, job.schedule, ranks=job.pp, stages=len(stages))
     units = [unit for stage in own for unit in range(*stages[stage])]
-    passing = sum(
-        _passing(shape, held, stage, len(stages)) * most
-        for stage, most in zip(own, _most_in_flight(job, len(stages), pipeline_rank), strict=True)
-    )
-    return _communication(shape, held, units) + _workspaces(shape, held, units) + passing
+    total = _communication(shape, held, units) + _workspaces(shape, held, units)
+    most = _most_in_flight(job, len(stages), pipeline_rank)
+    for stage, count in zip(own, most, strict=True):
+        layers = (unit // 2 for unit in range(*stages[stage]) if unit % 2)
+        shared = stage_parts(shape, held, [n for n in layers if n < len(shape.layers)])
+        each = _passing(shape, held, stage, len(stages)) + sum(part.bytes for part in shared)
+        total += count * each
+    return total
 
 
 def _activations(
@@ -334,7 +345,7 @@ def _stage_items(
     shape: ModelShape,
     held: Held,
     units: Span,
-    recompute: Mapping[int | str, str],
+    recompute: Recomputed,
     routed: Mapping[int, Routed] | None,
 ) -> list[_Item]:
     last = 2 * len(shape.layers) + 1
@@ -371,7 +382,7 @@ def rank_memory(
     shape: ModelShape,
     job: Job,
     stages: Sequence[Span],
-    recompute: Mapping[int | str, str],
+    recompute: Recomputed,
     rank: int,
     means: Means | None = None,
     *,
@@ -383,7 +394,7 @@ def rank_memory(
         shape: The model.
         job: Sizes and mesh.
         stages: Units of each stage, in the order that tokens pass.
-        recompute: What is recomputed, by layer, or by unit name for a half of a layer.
+        recompute: What is recomputed.
         rank: Which, numbered as in docs/plan.md.
         means: What the job does not say.
         routed: Rows seen at this rank's experts, by layer; else those to expect.
@@ -398,14 +409,16 @@ def pipeline_memory(
     shape: ModelShape,
     job: Job,
     stages: Sequence[Span],
-    recompute: Mapping[int | str, str],
+    recompute: Recomputed,
     means: Means | None = None,
+    *,
+    only: int | None = None,
 ) -> tuple[Ledger, ...]:
-    """Of each pipeline rank, the ledger of the fullest rank there could be."""
+    """Of each pipeline rank, or of `only` one, the ledger of the fullest rank there could be."""
     held = Held(job, means or Means())
     return tuple(
         _ledger(shape, held, stages, recompute, place * job.stage_ranks, place, None)
-        for place in range(job.pp)
+        for place in (range(job.pp) if only is None else (only,))
     )
 
 
@@ -413,7 +426,7 @@ def kept_by_stage(
     shape: ModelShape,
     job: Job,
     units: Span,
-    recompute: Mapping[int | str, str],
+    recompute: Recomputed,
     means: Means | None = None,
     *,
     tensor_rank: int | None = None,
@@ -429,7 +442,7 @@ def _ledger(
     shape: ModelShape,
     held: Held,
     stages: Sequence[Span],
-    recompute: Mapping[int | str, str],
+    recompute: Recomputed,
     rank: int,
     pipeline_rank: int,
     routed: Mapping[int, Routed] | None,
@@ -474,7 +487,7 @@ def _ledger(
     )
 
 
-def _is_recomputed(unit: int, recompute: Mapping[int | str, str]) -> bool:
+def _is_recomputed(unit: int, recompute: Recomputed) -> bool:
     layer, half = (unit - 1) // 2, "attention" if unit % 2 else "feed_forward"
     choice = recompute.get(f"{layer}.{half}", recompute.get(layer, "none"))
     return unit > 0 and choice != "none"
