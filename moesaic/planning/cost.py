@@ -10,7 +10,8 @@ Each kernel is bound by one of four things, and a unit is the sum of its kernels
 and the whole of it by the host, which must start every kernel. The rate of a product is the peak,
 times what the best-shaped product reaches on that device (measured, and published), times
 
-    KERNELS         the one calibrated number, see there
+    sustained       what the device's power limit leaves of it in a step: calibrated, one number for
+                    each generation of devices, and the only one that comes from step times
     tiles           the part of the last tiles, and of the last wave of tiles, that does work
     depth           what filling and draining a tile's pipeline leaves of it
 
@@ -42,22 +43,12 @@ from moesaic.planning.shape import AttentionShape, DenseShape, Matrix, ModelShap
 from moesaic.planning.simulate import StageSeconds, simulate
 from moesaic.planning.split import Span, Split
 
-KERNELS = 0.90
-"""Rate of products in training over that of the best-shaped one measured alone. Calibrated: one
-number for all devices and dtypes. Power limits, clocks that differ between devices, and kernels
-chosen for all sizes and not for one are in it."""
-
-MEMORY = 0.80
-"""Part of the memory's bandwidth that kernels reach which only move bytes. Ours: streaming kernels
-reach 0.85 to 0.92 of it, norms and permutes less."""
-
-LINK = 0.80
-"""Part of a link's bandwidth that collectives reach in a node. DeepEP's all-to-all: 153 of 200 GB/s
-on an H800 (0.77); NCCL's gathers on 8 GPUs with NVLink: 0.77 to 0.83."""
-
 NETWORK = 0.85
 """Part of the network's bandwidth that collectives reach. DeepEP: 43 to 58 of 50 GB/s, some of it
 inside nodes; NCCL over InfiniBand: 0.8 to 0.92."""
+
+START_SECONDS = 23e-6
+"""That any exchange needs, besides its steps. SimuMax v1.2, gathers over NVLink: 23 to 26 us."""
 
 TILE = (128, 256)
 """Rows and columns of the result that one multiprocessor computes at once, either way round: what
@@ -66,6 +57,10 @@ vendors' libraries take for large products (NVIDIA, Matrix Multiplication Backgr
 DEPTH = 128
 """Inputs for whose products a tile could have been computed while it is filled and drained. Ours:
 a product of depth 1,024 reaches some 0.9 of one of depth 8,192."""
+
+GROUP_SECONDS = 3.3e-6
+"""That each expert's product needs besides, where they are not one kernel. SimuMax v1.2 on a B200:
+36 grouped products of 128 to 2,460 rows an expert take 0 to 10 us more each, 3.3 in the median."""
 
 RAMP = 512
 """Positions at which fused attention reaches half of its rate on long sequences; causal blocks on
@@ -157,7 +152,7 @@ class Machine:
             job=job,
             device=node.device,
             node_size=node.count,
-            link_bandwidth=node.link_bandwidth * LINK,
+            link_bandwidth=node.link_bandwidth * node.link_efficiency,
             link_latency=node.link_latency,
             network_bandwidth=cluster.network_bandwidth * NETWORK,
             network_latency=cluster.network_latency,
@@ -206,7 +201,7 @@ class Machine:
             return 0.0
         dtype = dtype or self.job.dtype
         device = self.device
-        rate = device.peak(dtype) * device.matmul_efficiency[dtype] * KERNELS
+        rate = device.peak(dtype) * device.matmul_efficiency[dtype] * device.sustained
         rate *= self._filled(rows, outputs, many) * inputs / (inputs + DEPTH)
         size = {"fp8": 1, "bf16": 2}.get(dtype, 4)
         result = min(size, 2) if size < 4 else 4
@@ -228,7 +223,7 @@ class Machine:
 
     def moved(self, count: float) -> float:
         """Seconds of reading and writing so many bytes."""
-        return count / (self.device.memory_bandwidth * MEMORY)
+        return count / (self.device.memory_bandwidth * self.device.memory_efficiency)
 
     def flash(self, flops: float, *, sequence: int, head_dim: int, backward: bool) -> float:
         """Seconds of fused attention."""
@@ -251,7 +246,8 @@ class Machine:
 
     def latency(self, group: Group) -> float:
         """Seconds of an exchange of nothing."""
-        return self.link_latency + (group.nodes - 1) * self.network_latency
+        steps = (group.near - 1) * self.link_latency + (group.nodes - 1) * self.network_latency
+        return START_SECONDS + steps
 
     def gather(self, count: float, group: Group, *, times: int = 1) -> float:
         """Seconds of gathering `count` bytes on each rank, or of summing and dealing them out."""
@@ -271,8 +267,8 @@ class Machine:
     def send(self, count: float, distance: int) -> float:
         """Seconds of sending bytes to the rank so many further."""
         if 2 * distance <= self.node_size:
-            return count / self.link_bandwidth + self.link_latency
-        return count / self.network_bandwidth + self.network_latency
+            return count / self.link_bandwidth + START_SECONDS + self.link_latency
+        return count / self.network_bandwidth + START_SECONDS + self.network_latency
 
 
 def unit_names(shape: ModelShape) -> list[str]:
@@ -344,12 +340,15 @@ class _Passes:
         elif matrix.shared == "rows":
             inputs /= over
         machine, job = self.machine, self.machine.job
-        forward = machine.product(rows, inputs, outputs, many=many, dtype=dtype)
+        # Megatron's grouped product is one product after the other, on a few streams.
+        start = GROUP_SECONDS * many if many > 1 and job.framework == "megatron" else 0.0
+        forward = machine.product(rows, inputs, outputs, many=many, dtype=dtype) + start
         self.forward.add("products", forward)
-        self.inputs.add("products", machine.product(rows, outputs, inputs, many=many, dtype=dtype))
+        backward = machine.product(rows, outputs, inputs, many=many, dtype=dtype) + start
+        self.inputs.add("products", backward)
         summed = machine.moved(2 * many * job.gradient_bytes * inputs * outputs)
         product = machine.product(inputs, rows, outputs, many=many, dtype=dtype)
-        self.weights.add("products", max(product, summed))
+        self.weights.add("products", max(product, summed) + start)
         if (dtype or job.dtype) == "fp8":
             # Cast of the input and of the gradient, each also transposed, and of the weight.
             self.forward.add("memory", machine.moved(many * rows * inputs * 4), 2)
@@ -595,15 +594,20 @@ def _head(machine: Machine, shape: ModelShape) -> UnitCost:
     dtype = "bf16" if job.dtype == "fp8" else None
     beside = passes.matrix(job.tokens, head, over=job.tp, dtype=dtype)
     logits = job.tokens * shape.vocab / job.tp
-    # Widened to fp32, then largest, exponent and sum; backward the difference, narrowed again.
-    passes.memory(LOGIT_BYTES[0] * logits, LOGIT_BYTES[1] * logits, kernels=8)
+    forward, backward = FUSED_LOGIT_BYTES if job.fused_loss else LOGIT_BYTES
+    passes.memory(forward * logits, backward * logits, kernels=8)
     _enter(passes, shape.hidden, beside=beside)
     return passes.cost("head", {})
 
 
-LOGIT_BYTES = (26, 14)
-"""Bytes moved for each logit, forward and backward: fp32 read or written some six times by the
-parts of a loss over a split vocabulary, then some three times."""
+LOGIT_BYTES = (38, 22)
+"""Bytes moved for each logit, forward and backward. As Megatron-Core's loss over a split vocabulary
+does without fusion: widened to fp32, its largest found and taken off, exponents, their sum, and
+divided by it; backward the difference, scaled and narrowed again."""
+
+FUSED_LOGIT_BYTES = (16, 8)
+"""The same with fusion: the product's result and its largest; then once more for exponents and
+their sum; backward read once and written once in bf16, beside what fp32 remains."""
 
 
 @dataclass(frozen=True)
@@ -748,13 +752,16 @@ def predict(
     costs: dict[str, tuple[UnitCost, ...]] = {}
     seconds = []
     for span, owner in zip(stages, owners, strict=True):
-        rank = owner * job.stage_ranks
-        key = cluster.device(rank).name
-        if key not in costs:
-            costs[key] = unit_costs(shape, job, cluster, rank=rank, table=table)
-        seconds.append(_stage_seconds(costs[key], span, recompute))
+        # A stage over devices of two kinds waits for the slower one.
+        found = []
+        for rank in cluster.kinds_of(owner * job.stage_ranks, job.stage_ranks):
+            key = cluster.device(rank).name
+            if key not in costs:
+                costs[key] = unit_costs(shape, job, cluster, rank=rank, table=table)
+            found.append(_stage_seconds(costs[key], span, recompute))
+        seconds.append(max(found, key=_whole))
     machine = Machine.of(cluster, job)
-    send = machine.send(BF16 * job.rows * shape.hidden, job.stage_ranks) if job.pp > 1 else 0.0
+    send = _send(machine, shape) if job.pp > 1 else 0.0
     pipeline, ends, is_bound = _pipeline(job, seconds, send)
     finish, gathered, optimizer = _finish(shape, job, cluster, stages, owners, seconds, ends)
     total = finish + gathered + optimizer + STEP_SECONDS
@@ -766,6 +773,19 @@ def predict(
         stage_seconds=tuple(seconds),
         is_bound=is_bound,
     )
+
+
+def _send(machine: Machine, shape: ModelShape) -> float:
+    """Seconds of a stage's result on its way to the next."""
+    job = machine.job
+    elements = job.tokens * shape.hidden
+    if job.framework == "moesaic" and not job.sequence_parallel:
+        return machine.send(BF16 * elements, job.stage_ranks)
+    seconds = machine.send(BF16 * elements / job.tp, job.stage_ranks)
+    if not job.sequence_parallel:
+        # Each tensor-parallel rank sends a part of what all have, and the receivers gather them.
+        seconds += machine.gather(BF16 * elements, machine.tensor)
+    return seconds
 
 
 def rank_of(stage: int, job: Job) -> int:
@@ -793,7 +813,14 @@ def _stage_seconds(
             (unit.forward, unit.input_gradient, unit.weight_gradient, again)
         ):
             sums[place] += value
-    return StageSeconds(*sums)
+    forward, inputs, weights, again = sums
+    return StageSeconds(
+        forward=forward, input_gradient=inputs, weight_gradient=weights, recompute=again
+    )
+
+
+def _whole(stage: StageSeconds) -> float:
+    return stage.forward + stage.input_gradient + stage.weight_gradient + stage.recompute
 
 
 def _pipeline(
@@ -801,7 +828,7 @@ def _pipeline(
 ) -> tuple[float, list[float], bool]:
     """Seconds of all passes, when each pipeline rank is done, and whether it is only a bound."""
     if job.pp == 1:
-        one = sum(s.forward + s.input_gradient + s.weight_gradient + s.recompute for s in seconds)
+        one = sum(map(_whole, seconds))
         return one * job.micro_batches, [one * job.micro_batches], False
     # With few micro-batches 1F1B fills and drains as gpipe does.
     schedule = job.schedule
@@ -811,9 +838,7 @@ def _pipeline(
     if not can:
         rank = [0.0] * job.pp
         for stage, of in enumerate(seconds):
-            rank[rank_of(stage, job)] += (
-                of.forward + of.input_gradient + of.weight_gradient + of.recompute
-            )
+            rank[rank_of(stage, job)] += _whole(of)
         bound = (job.micro_batches - 1) * max(rank) + sum(rank) / job.interleave
         return bound, [bound] * job.pp, True
     line = simulate(
@@ -851,14 +876,14 @@ def _finish(
             backward += of.input_gradient + of.weight_gradient + of.recompute
         end = ends[pipeline_rank]
         micro_batches = job.micro_batches
+        if job.zero == 3:
+            # Gathered for every forward and again for every backward pass, beside the reduction.
+            end += micro_batches * _shown(gather, forward, buckets, job)
+            reduce += gather
+            gather = 0.0
         if job.zero >= 2:
             # Reduced after every micro-batch, each behind its own backward pass.
             end += (micro_batches - 1) * _shown(reduce, backward, buckets, job)
-        if job.zero == 3:
-            # Gathered for every forward and every backward pass.
-            shown = _shown(gather, forward, buckets, job) + _shown(gather, backward, buckets, job)
-            end += micro_batches * shown
-            gather = 0.0
         finish = max(finish, end + _shown(reduce, backward, buckets, job))
         gathered = max(gathered, _shown(gather, forward, buckets, job))
         optimizer = max(optimizer, update)

@@ -100,6 +100,9 @@ class Job:
     attention_core: AttentionCore = "fused"
     """Whether attention's scores are kept out of memory, or written there as squares."""
 
+    fused_loss: bool = False
+    """Whether the loss reads logits as they are, or widens them and works in several passes."""
+
     overlap_gradients: bool = True
     """Whether gradients are summed, and weights gathered, while the step computes."""
 

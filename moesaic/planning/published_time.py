@@ -54,11 +54,25 @@ class Software(NamedTuple):
     """Fields of the job."""
     reason: str
     """Where that is known from."""
+    network_bandwidth: float | None = None
+    """Of each device, where the source's network is not the preset's."""
 
 
 SOFTWARE = (
     Software(
-        r"vtrain|sc'?21|2104\.04473",
+        r"vtrain",
+        {
+            "attention_core": "unfused",
+            "sequence_parallel": False,
+            "overlap_gradients": False,
+            "zero": 0,
+        },
+        "Megatron-LM before fused attention, sequence parallelism and a distributed optimizer; "
+        "vTrain's configuration has 800 Gb/s between nodes of 8",
+        12.5e9,
+    ),
+    Software(
+        r"sc'?21|2104\.04473",
         {
             "attention_core": "unfused",
             "sequence_parallel": False,
@@ -74,8 +88,13 @@ SOFTWARE = (
     ),
     Software(
         r"dgx cloud|dgxc|nemo|megatron-bridge|bridge",
-        {"overlap_tensor": True, "gradient_bytes": 2},
-        "NeMo's recipes: tensor-parallel overlap, gradients reduced in bf16 beside the backward",
+        {"overlap_tensor": True, "gradient_bytes": 2, "fused_loss": True},
+        "NeMo's recipes: tensor-parallel overlap, fused loss, gradients reduced in bf16",
+    ),
+    Software(
+        r"simumax",
+        {"overlap_gradients": False, "capacity_factor": 1.0},
+        "SimuMax's launch scripts: nothing overlaps, experts take their capacity; one dense layer",
     ),
     Software(
         r"kwai",
@@ -102,7 +121,8 @@ class Setting:
     shape: ModelShape
     job: Job
     cluster: ClusterSpec
-    recompute: str
+    recompute: Mapping[int | str, str]
+    """By unit."""
     seconds: float | None
     """Of a step, as published or from what is; None: the row has no speed."""
     notes: tuple[str, ...] = ()
@@ -172,9 +192,15 @@ def _setting(row: Row) -> Setting:
     choices: dict[str, Any] = dict(software.choices) if software else {}
     if software:
         notes.append(software.reason)
+        if software.network_bandwidth:
+            cluster = replace(cluster, network_bandwidth=software.network_bandwidth)
     interleave = (_whole(row, "VPP") or 1) if pp > 1 else 1
+    if "folding" in source and pp > 1 and not _whole(row, "VPP") and len(shape.layers) % pp == 0:
+        # The best mapping was searched for, and without interleaving it could not be that fast.
+        interleave = len(shape.layers) // pp
+        notes.append(f"{interleave} stages a rank, which the row does not say")
     words = " ".join(row.get(key) or "" for key in ("routing_and_layout", "recompute")).lower()
-    choices |= _layout_words(words)
+    choices |= _layout_words(words, pp)
     is_moe = any(isinstance(layer.feed_forward, MoEShape) for layer in shape.layers)
     job = Job(
         sequence=sequence,
@@ -191,7 +217,6 @@ def _setting(row: Row) -> Setting:
         **(_expert_layout(row, tp) if is_moe else {}),
         **choices,
     )
-    default_stages(shape, job.stages)
     return Setting(
         name=row.get("id") or row["model"],
         group=row.get("group") or row.get("source") or "all",
@@ -199,7 +224,7 @@ def _setting(row: Row) -> Setting:
         shape=shape,
         job=job,
         cluster=cluster,
-        recompute=_recompute(row),
+        recompute=_recompute(row, shape, job),
         seconds=_published_seconds(row, shape, job),
         notes=tuple(notes),
     )
@@ -229,9 +254,10 @@ def _dtype(row: Row) -> Any:
     raise NotModelledError(f"products in {row['precision']!r}")
 
 
-def _layout_words(words: str) -> dict[str, Any]:
+def _layout_words(words: str, pp: int) -> dict[str, Any]:
     choices: dict[str, Any] = {}
-    if "fsdp" in words or re.search(r"zero-?3", words):
+    if ("fsdp" in words and pp == 1) or re.search(r"zero-?3", words):
+        # Beside a pipeline weights stay gathered over a step (Llama 3, arXiv 2407.21783).
         choices["zero"] = 3
     if "offload" in words and not re.search(r"offload alpha=0(\.0)?$", words.strip()):
         raise NotModelledError("activations are offloaded to the host")
@@ -253,21 +279,35 @@ def _expert_layout(row: Row, tp: int) -> dict[str, Any]:
     return {"experts_over": "ep", "ep": _whole(row, "EP") or 1, "etp": etp}
 
 
-def _recompute(row: Row) -> str:
+def _recompute(row: Row, shape: ModelShape, job: Job) -> dict[int | str, str]:
+    """What each unit computes again, by its name."""
     words = (row.get("recompute") or "").lower()
-    if re.search(r"\b(no|none)\b", words) or not words.strip(" -"):
-        return "none"
     if "not published" in words:
         raise NotModelledError("the recompute is not published")
-    if "full" in words and not re.search(r"\d+ (of|layers)|partial", words):
-        return "full"
-    if re.search(r"core|attn|attention|selective|mla", words):
-        return "attention"
-    if re.search(r"moe|act|mlp", words):
-        return "moe_activations"
-    if re.search(r"norm", words):
-        return "none"
-    raise NotModelledError(f"recompute {row['recompute']!r} is not stated by layer")
+    attention, network = "none", "none"
+    if "full" in words:
+        attention = network = "full"
+    elif not re.search(r"\b(no|none)\b", words):
+        if re.search(r"core|attn|attention|selective|mla", words):
+            attention = "attention"
+        if re.search(r"\b(mlp|moe|shared_experts)\b", words):
+            network = "full"
+        elif re.search(r"act", words):
+            network = "moe_activations"
+        known = attention != "none" or network != "none" or "norm" in words
+        if words.strip(" -") and not known:
+            raise NotModelledError(f"recompute {row['recompute']!r} is not stated by layer")
+    count = re.search(r"(\d+) ?layers", words)
+    most = int(count[1]) if count else len(shape.layers)
+    found: dict[int | str, str] = {}
+    for start, end in default_stages(shape, job.stages):
+        # Megatron's block method: the first layers of each stage.
+        layers = sorted({(unit - 1) // 2 for unit in range(max(start, 1), end)})
+        for place, layer in enumerate(layers):
+            again = place < most
+            found[f"{layer}.attention"] = attention if again else "none"
+            found[f"{layer}.feed_forward"] = network if again else "none"
+    return found
 
 
 def _published_seconds(row: Row, shape: ModelShape, job: Job) -> float | None:
@@ -328,10 +368,14 @@ def shape_of_row(row: Row) -> ModelShape:
     if preset is not None:
         shape = read_shape(preset)
         if _agrees(row, shape):
-            if layers is not None and layers > len(shape.layers):
-                shape = replace(shape, layers=(*shape.layers, shape.layers[-1]) * layers)
-            shape = shape.cut_to(layers or len(shape.layers), name=name)
-            return replace(shape, vocab=vocab or shape.vocab)
+            count = layers or len(shape.layers)
+            dense = [x for x in shape.layers if isinstance(x.feed_forward, DenseShape)]
+            if 2 * count < len(shape.layers) and 0 < len(dense) < len(shape.layers):
+                # A model cut to a few layers keeps one of those that begin it.
+                kept = (dense[0], *[shape.layers[-1]] * (count - 1))
+            else:
+                kept = (*shape.layers, *[shape.layers[-1]] * count)[:count]
+            return replace(shape, name=name, layers=kept, vocab=vocab or shape.vocab)
     return _shape_of_columns(row, name)
 
 
@@ -454,7 +498,8 @@ class TimeCheck:
         same: dict[Any, list[float]] = {}
         for item in self.compared:
             setting = item.setting
-            key = (setting.shape, setting.job, setting.cluster.name, setting.recompute)
+            recompute = tuple(sorted(setting.recompute.values()))
+            key = (setting.shape, setting.job, setting.cluster.name, recompute)
             same.setdefault(key, []).append(item.published)
         return [
             abs(after / before - 1)
