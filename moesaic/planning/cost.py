@@ -515,10 +515,7 @@ def _dispatch(passes: _Passes, moe: MoEShape, hidden: int, load: float) -> None:
     if kind == "auto":
         kind = "all_to_all" if moe.top_k < ranks or job.framework == "megatron" else "all_gather"
     if kind == "all_to_all":
-        copies = float(moe.top_k)
-        if job.deduplicate and job.framework == "moesaic":
-            copies = distinct_ranks(moe.experts, moe.top_k, ranks)
-        one_way = machine.all_to_all(job.rows * copies * row * load, machine.experts)
+        one_way = _copies(machine, moe, row * load)
     else:
         one_way = machine.gather(job.rows * ranks * row, machine.experts)
     if job.overlap_experts:
@@ -527,6 +524,23 @@ def _dispatch(passes: _Passes, moe: MoEShape, hidden: int, load: float) -> None:
     if job.expert_tensor_ranks > 1:
         rows = job.rows * moe.top_k * job.expert_tensor_ranks * load
         passes.exchange(2 * machine.gather(rows * row, machine.expert_columns))
+
+
+def _copies(machine: Machine, moe: MoEShape, row: float) -> float:
+    """Seconds of an all-to-all of all copies of a rank's positions, `row` bytes each."""
+    job, group = machine.job, machine.experts
+    if not job.deduplicate:
+        return machine.all_to_all(job.rows * moe.top_k * row, group)
+    copies = distinct_ranks(moe.experts, moe.top_k, group.ranks)
+    if job.framework == "moesaic" or group.nodes == 1:
+        return machine.all_to_all(job.rows * copies * row, group)
+    # DeepEP and HybridEP: once to each node over the network, from there on over links.
+    far = distinct_ranks(moe.experts, moe.top_k, group.nodes) * (group.nodes - 1) / group.nodes
+    near = copies * (group.near - 1) / group.near
+    return max(
+        job.rows * far * row / machine.network_bandwidth,
+        job.rows * near * row / machine.link_bandwidth,
+    ) + machine.latency(group)
 
 
 HIDDEN_DISPATCH = 0.8

@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 
 from moesaic.errors import PlanError
 from moesaic.planning.cluster import ClusterSpec, read_cluster
-from moesaic.planning.cost import default_stages, predict
+from moesaic.planning.cost import RECOMPUTE, default_stages, predict
 from moesaic.planning.job import Job
+from moesaic.planning.memory import pipeline_memory
 from moesaic.planning.shape import (
     AttentionShape,
     DenseShape,
@@ -88,13 +89,16 @@ SOFTWARE = (
     ),
     Software(
         r"dgx cloud|dgxc|nemo|megatron-bridge|bridge",
-        {"overlap_tensor": True, "gradient_bytes": 2, "fused_loss": True},
-        "NeMo's recipes: tensor-parallel overlap, fused loss, gradients reduced in bf16",
+        {"overlap_tensor": True, "gradient_bytes": 2, "fused_loss": True, "deduplicate": True}
+        | {"etp": 1},
+        "NeMo's recipes: tensor-parallel overlap, fused loss, gradients reduced in bf16, a token "
+        "sent once to each rank, experts not split over tensor-parallel ranks",
     ),
     Software(
         r"simumax",
-        {"overlap_gradients": False, "capacity_factor": 1.0},
-        "SimuMax's launch scripts: nothing overlaps, experts take their capacity; one dense layer",
+        {"overlap_gradients": False, "capacity_factor": 1.0, "fused_loss": True},
+        "SimuMax's launch scripts: nothing overlaps, experts take their capacity; one dense layer; "
+        "its cases are named for a fused loss",
     ),
     Software(
         r"kwai",
@@ -201,7 +205,14 @@ def _setting(row: Row) -> Setting:
         notes.append(f"{interleave} stages a rank, which the row does not say")
     words = " ".join(row.get(key) or "" for key in ("routing_and_layout", "recompute")).lower()
     choices |= _layout_words(words, pp)
+    if (etp := _whole(row, "ETP")) is not None or "folding" in words:
+        choices["etp"] = etp or 1
+    if not any(isinstance(layer.feed_forward, MoEShape) for layer in shape.layers):
+        choices.pop("etp", None)
     is_moe = any(isinstance(layer.feed_forward, MoEShape) for layer in shape.layers)
+    layout: dict[str, Any] = {"deduplicate": False}
+    if is_moe:
+        layout |= _expert_layout(row, tp)
     job = Job(
         sequence=sequence,
         micro_batch=micro,
@@ -214,9 +225,12 @@ def _setting(row: Row) -> Setting:
         schedule="interleaved" if interleave > 1 else "1f1b",
         dtype=_dtype(row),
         framework="megatron",
-        **(_expert_layout(row, tp) if is_moe else {}),
-        **choices,
+        **(layout | choices),
     )
+    recompute = _recompute(row, shape, job)
+    if not _is_stated(row) and (choice := _fitting(shape, job, cluster)) != "none":
+        recompute = dict.fromkeys(recompute, choice)
+        notes.append(f"recompute {choice}, which the row does not say, and less does not fit")
     return Setting(
         name=row.get("id") or row["model"],
         group=row.get("group") or row.get("source") or "all",
@@ -224,7 +238,7 @@ def _setting(row: Row) -> Setting:
         shape=shape,
         job=job,
         cluster=cluster,
-        recompute=_recompute(row, shape, job),
+        recompute=recompute,
         seconds=_published_seconds(row, shape, job),
         notes=tuple(notes),
     )
@@ -271,12 +285,24 @@ def _layout_words(words: str, pp: int) -> dict[str, Any]:
 
 
 def _expert_layout(row: Row, tp: int) -> dict[str, Any]:
-    words = (row.get("routing_and_layout") or "").lower()
-    etp = _whole(row, "ETP")
-    if etp is None:
-        # Before parallel folding Megatron-Core splits each expert's columns as it does the rest.
-        etp = 1 if "folding" in words else tp
-    return {"experts_over": "ep", "ep": _whole(row, "EP") or 1, "etp": etp}
+    # Without other word Megatron-Core splits each expert's columns as it does the rest.
+    return {"experts_over": "ep", "ep": _whole(row, "EP") or 1, "etp": tp}
+
+
+def _is_stated(row: Row) -> bool:
+    words = (row.get("recompute") or "").lower().strip(" -")
+    return bool(words) and "stated" not in words
+
+
+def _fitting(shape: ModelShape, job: Job, cluster: ClusterSpec) -> str:
+    """The least that all layers must compute again to fit; "none" if nothing fits either."""
+    stages = default_stages(shape, job.stages)
+    most = cluster.device(0).memory_bytes
+    for choice in RECOMPUTE:
+        again = dict.fromkeys(range(len(shape.layers)), choice)
+        if max(x.total for x in pipeline_memory(shape, job, stages, again)) <= most:
+            return choice
+    return "none"
 
 
 def _recompute(row: Row, shape: ModelShape, job: Job) -> dict[int | str, str]:
