@@ -3,7 +3,7 @@
     one     1 rank of 2 threads
     edp     2 ranks of 1 thread: heads 6 + 3, and 4 + 4 experts over the same ranks
     ep      2 ranks of 1 thread: each its own micro-batches, 4 + 4 experts
-    dp      2 ranks of 1 thread: each its own micro-batches, weights shared by FSDP (ZeRO-2)
+    dp      2 ranks of 1 thread: each its own micro-batches, weights shared by FSDP (ZeRO-3)
     pp      2 ranks of 1 thread: 15 layers each, 1F1B
 
 Each takes the same steps of the same recipe through `moesaic train`'s own function, in processes of
@@ -40,7 +40,7 @@ PLANS: dict[str, dict[str, object]] = {
     "one": {},
     "edp": {"tp": 2, "splits": {"kv_heads": [[0, 2], [2, 3]]}},
     "ep": {"dp": 2, "experts_over": "ep"},
-    "dp": {"dp": 2, "zero": 2},
+    "dp": {"dp": 2, "zero": 3},
     "pp": {"pp": 2},
 }
 

@@ -1,13 +1,17 @@
-"""What this rank gets from others, read off the calls to torch.distributed."""
+"""What this rank gets from others, read off the calls that bring it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from moesaic.parallel.mailbox import Mailbox
 
 
 @contextlib.contextmanager
@@ -29,7 +33,17 @@ def received_bytes() -> Iterator[list[int]]:
         found.append(output.nbytes - given.nbytes)
         all_gather(output, given, group=group)
 
+    exchange = Mailbox.exchange
+
+    def watched_exchange(
+        self: Mailbox, parts: Sequence[Tensor], shapes: Any, dtype: torch.dtype
+    ) -> list[Tensor]:
+        got = exchange(self, parts, shapes, dtype)
+        found.append(sum(part.nbytes for part in got) - parts[self.rank].nbytes)
+        return got
+
     with (
+        mock.patch.object(Mailbox, "exchange", watched_exchange),
         mock.patch.object(dist, "all_to_all_single", watched_all_to_all),
         mock.patch.object(dist, "all_gather_single", watched_all_gather),
     ):

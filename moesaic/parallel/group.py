@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesaic.parallel.mailbox import Mailbox
+
 
 class Group:
     """Some ranks, this process among them.
@@ -25,15 +27,21 @@ class Group:
         size: Ranks in the group.
         rank: This process's number in it, from 0.
         process_group: torch's; None for a group of one.
+        mailbox: Where ranks of one machine exchange what lies in its memory; None: they use the
+            process group for that too.
     """
 
     def __init__(
-        self, size: int = 1, rank: int = 0, process_group: dist.ProcessGroup | None = None
+        self,
+        size: int = 1,
+        rank: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+        mailbox: Mailbox | None = None,
     ) -> None:
         assert (size == 1) or process_group is not None, f"{size=}"
         self.size, self.rank = size, rank
         self.process_group = process_group
-        self._is_gloo = size > 1 and dist.get_backend(process_group) == "gloo"
+        self._mailbox = mailbox
 
     def sum_(self, x: Tensor) -> Tensor:
         """Add `x` over the group, in place."""
@@ -52,14 +60,15 @@ class Group:
         if self.size == 1:
             return x_r
         shapes = [_resized(x_r, dim, size) for size in sizes]
+        if self._mailbox is not None:
+            return torch.cat(self._mailbox.exchange([x_r] * self.size, shapes, x_r.dtype), dim)
         counts = [math.prod(shape) for shape in shapes]
         mine = x_r.contiguous().view(-1)
         joined = mine.new_empty(sum(counts))
-        if min(sizes) == max(sizes) and not self._is_gloo:
+        if min(sizes) == max(sizes):
             _all_gather(joined, mine, group=self.process_group)
         else:
-            # NCCL's uneven gather is a row of broadcasts; gloo has none, and its even one takes
-            # twice as long as this.
+            # gloo has no uneven gather, and NCCL's is a row of broadcasts.
             send = [mine.numel()] * self.size
             dist.all_to_all_single(
                 joined, mine.repeat(self.size), counts, send, group=self.process_group
@@ -68,6 +77,16 @@ class Group:
             return joined.view(_resized(x_r, dim, sum(sizes)))
         parts = zip(joined.split(counts), shapes, strict=True)
         return torch.cat([part.view(shape) for part, shape in parts], dim)
+
+    def gather_into(self, out: Tensor, x: Tensor) -> None:
+        """All ranks' parts, of equal length, one after the other. `x` may lie in its place."""
+        if self._mailbox is None:
+            _all_gather(out, x, group=self.process_group)
+            return
+        parts = self._mailbox.exchange([x] * self.size, [x.shape] * self.size, x.dtype)
+        for place, part in zip(out.split(x.shape[0]), parts, strict=True):
+            if place.data_ptr() != part.data_ptr():
+                place.copy_(part)
 
     def scatter_sum(self, x_R: Tensor, sizes: Sequence[int], *, dim: int = 0) -> Tensor:
         """Add `x_R` over the group, and keep this rank's part of `dim`.
@@ -80,6 +99,12 @@ class Group:
         # Not reduce_scatter: gloo's is an all-reduce, which moves twice as much and rounds
         # bfloat16 at every step, and neither backend's takes parts of unequal length.
         shapes = [_resized(x_R, dim, size) for size in sizes]
+        if self._mailbox is not None:
+            mine = [shapes[self.rank]] * self.size
+            parts = self._mailbox.exchange(x_R.split(list(sizes), dim), mine, x_R.dtype)
+            if self.size == 2:
+                return parts[0] + parts[1]
+            return torch.stack(parts).sum(dim=0, dtype=x_R.dtype)
         counts = [math.prod(shape) for shape in shapes]
         received = x_R.new_empty(self.size, *shapes[self.rank])
         dist.all_to_all_single(
@@ -106,6 +131,9 @@ class Group:
         """
         if self.size == 1:
             return x_N
+        if self._mailbox is not None:
+            shapes = [(count, *x_N.shape[1:]) for count in receive]
+            return torch.cat(self._mailbox.exchange(x_N.split(list(send)), shapes, x_N.dtype))
         received = x_N.new_empty(sum(receive), *x_N.shape[1:])
         dist.all_to_all_single(
             received, x_N.contiguous(), list(receive), list(send), group=self.process_group
@@ -116,6 +144,9 @@ class Group:
         """What each rank has for this one, given what this one has for each rank, (n,) int64."""
         if self.size == 1:
             return counts_n
+        if self._mailbox is not None:
+            parts = counts_n.split(1)
+            return torch.cat(self._mailbox.exchange(parts, [(1,)] * self.size, counts_n.dtype))
         received = torch.empty_like(counts_n)
         dist.all_to_all_single(received, counts_n.contiguous(), group=self.process_group)
         return received

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moesaic.parallel.group import ALONE, Group, Groups
+from moesaic.parallel.mailbox import Mailbox
 from moesaic.planning.layout import Layout, Place
 
 
@@ -44,6 +45,9 @@ class World:
     dense_mesh: DeviceMesh | None
     """Ranks over which FSDP shares dense weights; None where there is nobody to share with."""
     expert_mesh: DeviceMesh | None
+    dense_shards: Group = ALONE
+    """Ranks of `dense_mesh` that hold different parts of a weight."""
+    expert_shards: Group = ALONE
 
     @property
     def place(self) -> Place:
@@ -92,6 +96,10 @@ class World:
         )
         size = plan.world_size
         tp = _of_mesh(dense, "tp")
+        is_shared = plan.dp > 1
+        experts_are_shared = (
+            is_shared and plan.expert_data_ranks > 1 and layout.spec.moe is not None
+        )
         return cls(
             layout=layout,
             rank=rank,
@@ -107,12 +115,10 @@ class World:
             expert_data=_alike(layout, rank, lambda p: (p.pp, p.ep, p.etp)),
             tied=_tied_group(layout, rank),
             writers=Group(size, rank, dist.new_group(backend="gloo")),
-            dense_mesh=_shared(dense, plan.dp) if plan.dp > 1 else None,
-            expert_mesh=(
-                _shared(experts, plan.expert_data_ranks)
-                if plan.dp > 1 and plan.expert_data_ranks > 1 and layout.spec.moe is not None
-                else None
-            ),
+            dense_mesh=_shared(dense, plan.dp) if is_shared else None,
+            expert_mesh=_shared(experts, plan.expert_data_ranks) if experts_are_shared else None,
+            dense_shards=_of_mesh(dense, "shards"),
+            expert_shards=_of_mesh(experts, "shards"),
         )
 
 
@@ -120,7 +126,9 @@ def _of_mesh(mesh: DeviceMesh, name: str) -> Group:
     part = mesh[name]
     if part.size() == 1:
         return ALONE
-    return Group(part.size(), part.get_local_rank(), part.get_group())
+    size, rank, group = part.size(), part.get_local_rank(), part.get_group()
+    mailbox = Mailbox.open(size, rank, group) if mesh.device_type == "cpu" else None
+    return Group(size, rank, group, mailbox)
 
 
 def _shared(mesh: DeviceMesh, ranks: int) -> DeviceMesh:

@@ -317,4 +317,5 @@ def _share(stage: Stage, world: World) -> None:
         blocks=blocks,
         experts=[b.block_sparse_moe.experts for b in blocks if b.block_sparse_moe is not None],
         zero=world.layout.plan.zero,
+        compute_dtype=stage.model.compute_dtype,
     )
