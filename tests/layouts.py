@@ -327,6 +327,13 @@ CASES: dict[str, Case] = {
     "pp2 gpipe": Case(plan(pp=2, schedule="gpipe", stages=halves("0.attention"))),
     "pp3, embedding and head alone": Case(plan(pp=3, stages=halves("embedding", "3.feed_forward"))),
     "pp2 tied": Case(plan(pp=2, stages=halves("1.attention")), spec=SKYWORK),
+    "pp2 half a layer, each half recomputed its way": Case(
+        plan(
+            pp=2,
+            stages=halves("1.attention"),
+            recompute={"1.attention": "full", "1.feed_forward": "moe_activations", 3: "attention"},
+        )
+    ),
     "pp4 half layers": Case(
         plan(pp=4, stages=halves("0.attention", "1.attention", "2.feed_forward")), spec=SKYWORK
     ),

@@ -216,6 +216,7 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown recompute": ({"recompute": {"0": "some"}}, "recompute has '0': 'some'"),
     "a layer that is no number": ({"recompute": {"all": "full"}}, "recompute has 'all'"),
     "a layer in strange digits": ({"recompute": {"²": "full"}}, "recompute has '²'"),
+    "a part that no layer has": ({"recompute": {"3.head": "full"}}, "recompute has '3.head'"),
     "a layer spelled twice": ({"recompute": {"00": "full"}}, "recompute has '00'"),
 }
 
@@ -423,7 +424,31 @@ def test_interleaved_ranks_may_run_more_than_two_stages() -> None:
 
 def test_a_layer_that_a_plan_does_not_name_keeps_its_activations() -> None:
     layout = fit(plan_of(recompute={"3": "full"}), SMOLLM2)
-    assert [layout.recompute(layer) for layer in (2, 3, 4)] == ["none", "full", "none"]
+    assert layout.recompute(0) == {3: "full"}
+    assert layout.recompute(0, {3: "none", 4: "attention"}) == {4: "attention"}
+
+
+def test_the_halves_of_a_cut_layer_recompute_what_is_said_of_them():
+    def in_both(recompute: dict[str, str]) -> list[str]:
+        plan = plan_of(
+            pp=2,
+            stages=[
+                {"first": "embedding", "last": "3.attention"},
+                {"first": "3.feed_forward", "last": "head"},
+            ],
+            recompute=recompute,
+        )
+        layout = fit(plan, SMOLLM2)
+        return [layout.recompute(stage).get(3, "none") for stage in (0, 1)]
+
+    assert in_both({"3": "full"}) == ["full", "full"]
+    assert in_both({"3": "attention"}) == ["attention", "none"]
+    assert in_both({"3": "moe_activations"}) == ["none", "moe_activations"]
+    assert in_both({"3.attention": "full", "3.feed_forward": "moe_activations"}) == [
+        "full",
+        "moe_activations",
+    ]
+    assert in_both({"3": "full", "3.attention": "none"}) == ["none", "full"]
 
 
 def test_the_summary_says_the_ranks_the_layers_and_the_heads() -> None:
@@ -464,6 +489,11 @@ BAD_FITS: dict[str, tuple[ModelSpec, dict[str, Any], str]] = {
     ),
     "a rank without a head": (SMOLLM2, {"tp": 4}, "tp is 4, but the model has 3 key-value heads"),
     "a layer too far": (SMOLLM2, {"recompute": {"30": "full"}}, "layer 30, but .* 0 to 29"),
+    "half a layer that is not cut": (
+        SMOLLM2,
+        {"recompute": {"3.attention": "full"}},
+        "recomputes 3.attention, but no stage begins at 3.feed_forward",
+    ),
     "more stages than layers": (SMOLLM2, {"pp": 31}, "31 stages, but the model only 30 layers"),
     "an unknown unit": (
         SMOLLM2,

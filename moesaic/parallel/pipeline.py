@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from moesaic.parallel.sharding import expect_backward
 from moesaic.parallel.stopwatch import Stopwatch
 from moesaic.parallel.world import World
-from moesaic.planning.layout import layers_of
 from moesaic.planning.plan import Recompute
 from moesaic.planning.schedules import check_micro_batches
 
@@ -56,8 +55,8 @@ class Pipeline:
         stages: Modules of the stages of this rank, as `world.stages` numbers them.
         micro_batches: M.
         activation: Shape (B, s, D) and dtype of what stages hand on.
-        recompute: What of each layer is computed again in the backward pass; None: as the plan
-            says. The backward pass of a stage with such a layer is never run in two parts.
+        recompute: What is computed again in the backward pass; None: as the plan says. The
+            backward pass of a stage that computes anything again is never run in two parts.
 
     Raises:
         PlanError: The schedule cannot run so many micro-batches on so many stages.
@@ -70,7 +69,7 @@ class Pipeline:
         *,
         micro_batches: int,
         activation: tuple[tuple[int, ...], torch.dtype],
-        recompute: Mapping[int, Recompute] | None = None,
+        recompute: Mapping[int | str, Recompute] | None = None,
     ) -> None:
         layout, plan = world.layout, world.layout.plan
         count = len(layout.stages)
@@ -84,17 +83,12 @@ class Pipeline:
             # Loads torch's compiler, which one stage alone has no use for.
             from moesaic.parallel.schedule import Schedule
 
-            chosen = plan.recompute if recompute is None else recompute
-            recomputed = {layer for layer, what in chosen.items() if what != "none"}
             self._schedule = Schedule(
                 world,
                 self.stages,
                 micro_batches=micro_batches,
                 activation=activation,
-                recomputed=[
-                    not recomputed.isdisjoint(layers_of(layout.stages[number], layout.spec))
-                    for number in world.stages
-                ],
+                recomputed=[bool(layout.recompute(stage, recompute)) for stage in world.stages],
             )
 
     def step(self, tokens: Tensor, **others: Tensor) -> PipelineRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -109,9 +110,29 @@ class Layout:
         """Stages that pipeline rank `pp` runs, in the order that tokens pass."""
         return stages_of(pp, self.plan.schedule, ranks=self.plan.pp, stages=len(self.stages))
 
-    def recompute(self, layer: int) -> Recompute:
-        """What of a layer is computed again in the backward pass."""
-        return self.plan.recompute.get(layer, "none")
+    def recompute(
+        self, stage: int, chosen: Mapping[int | str, Recompute] | None = None
+    ) -> dict[int, Recompute]:
+        """What a stage computes again of each layer of which it holds a part; none is left out.
+
+        Args:
+            stage: Its number.
+            chosen: By layer or unit, as a plan says it; None: as this plan does.
+        """
+        chosen = self.plan.recompute if chosen is None else chosen
+        units = self.stages[stage]
+        found: dict[int, Recompute] = {}
+        for layer in layers_of(units, self.spec):
+            kind = chosen.get(layer, "none")
+            has_attention = holds(units, attention_unit(layer))
+            if has_attention != holds(units, feed_forward_unit(layer)):
+                half = "attention" if has_attention else "feed_forward"
+                kind = chosen.get(f"{layer}.{half}", kind)
+                if kind == ("moe_activations" if has_attention else "attention"):
+                    kind = "none"
+            if kind != "none":
+                found[layer] = kind
+        return found
 
     def summary(self) -> str:
         """The layout in one line."""
@@ -149,12 +170,8 @@ def fit(plan: TrainPlan, spec: ModelSpec) -> Layout:
             f"The plan's tp is {plan.tp}, but the model has {spec.num_kv_heads} key-value heads: "
             f"a rank would hold none. Lower tp, or say so with splits.kv_heads."
         )
-    for layer in plan.recompute:
-        if layer >= spec.num_layers:
-            raise PlanError(
-                f"The plan recomputes layer {layer}, but the model has {spec.num_layers} layers, "
-                f"0 to {spec.num_layers - 1}."
-            )
+    stages = _fit_stages(plan, spec)
+    _check_recompute(plan, spec, stages)
     return Layout(
         spec=spec,
         plan=plan,
@@ -173,8 +190,24 @@ def fit(plan: TrainPlan, spec: ModelSpec) -> Layout:
             0 if moe is None else moe.expert_dim,
             plan.expert_tensor_ranks,
         ),
-        stages=_fit_stages(plan, spec),
+        stages=stages,
     )
+
+
+def _check_recompute(plan: TrainPlan, spec: ModelSpec, stages: tuple[Span, ...]) -> None:
+    begins = {begin for begin, _ in stages}
+    for name in plan.recompute:
+        layer = int(str(name).partition(".")[0])
+        if layer >= spec.num_layers:
+            raise PlanError(
+                f"The plan recomputes layer {layer}, but the model has {spec.num_layers} layers, "
+                f"0 to {spec.num_layers - 1}."
+            )
+        if isinstance(name, str) and feed_forward_unit(layer) not in begins:
+            raise PlanError(
+                f"The plan recomputes {name}, but no stage begins at {layer}.feed_forward: one "
+                f"stage has both halves of the layer. Name layer {layer}."
+            )
 
 
 def _fit_split(splits: Splits, name: str, total: int, ranks: int) -> Split:

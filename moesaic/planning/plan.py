@@ -117,8 +117,9 @@ class TrainPlan:
     stages: tuple[Stage, ...] | None = None
     """The stages in order, from embedding to head; None: layers as equal as can be."""
 
-    recompute: Mapping[int, Recompute] = field(default_factory=dict)
-    """By layer; a layer that is not named keeps everything."""
+    recompute: Mapping[int | str, Recompute] = field(default_factory=dict)
+    """By layer, or by unit for the half of a layer that stages cut in two, which comes before what
+    is said of the layer. What is not named keeps everything."""
 
     micro_batch: int | None = None
     """Sequences that go through a stage at once; None: as the recipe says."""
@@ -309,17 +310,17 @@ def _read_splits(raw: Any) -> Splits:
     return Splits(**splits)
 
 
-_LAYER = re.compile(r"0|[1-9][0-9]{0,8}")
+_LAYER = re.compile(r"(0|[1-9][0-9]{0,8})(\.attention|\.feed_forward)?")
 
 
-def _read_recompute(raw: Any) -> dict[int, Recompute]:
+def _read_recompute(raw: Any) -> dict[int | str, Recompute]:
     options = get_args(Recompute)
     if not isinstance(raw, dict):
         raise PlanError("recompute must be an object from layers to what is recomputed.")
     for layer, kind in raw.items():
         if not _LAYER.fullmatch(str(layer)) or kind not in options:
             raise PlanError(
-                f"recompute has {layer!r}: {kind!r}. It goes from a layer's number to one of "
-                f"{', '.join(options)}."
+                f"recompute has {layer!r}: {kind!r}. It goes from a layer's number, or a half of "
+                f"it such as '7.attention', to one of {', '.join(options)}."
             )
-    return {int(layer): kind for layer, kind in raw.items()}
+    return {int(layer) if layer.isdecimal() else layer: kind for layer, kind in raw.items()}

@@ -76,7 +76,7 @@ class ShardedModel:
     Args:
         world: This rank's.
         models: The stages, as `world.stages` numbers them, on the meta device or with weights.
-        recompute: What of each layer is computed again in the backward pass.
+        recompute: What is computed again in the backward pass, as a plan says it.
     """
 
     def __init__(
@@ -84,11 +84,14 @@ class ShardedModel:
         world: World,
         models: Sequence[Transformer],
         *,
-        recompute: Mapping[int, Recompute] | None = None,
+        recompute: Mapping[int | str, Recompute] | None = None,
     ) -> None:
         self.world = world
         self.spec = world.layout.spec
-        self.stages = [Stage(model, recompute or {}) for model in models]
+        self.stages = [
+            Stage(model, world.layout.recompute(stage, recompute or {}))
+            for stage, model in zip(world.stages, models, strict=True)
+        ]
         self.compute_seconds = 0.0
         """Inside the stages' forward and backward passes of the last `run`."""
         self._recompute = dict(recompute or {})
@@ -112,7 +115,7 @@ class ShardedModel:
         *,
         compute_dtype: torch.dtype | None = None,
         dtype: torch.dtype = torch.float32,
-        recompute: Mapping[int, Recompute] | None = None,
+        recompute: Mapping[int | str, Recompute] | None = None,
     ) -> ShardedModel:
         """Stages of this rank with memory of their own, not yet set."""
         layout = world.layout

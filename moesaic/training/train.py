@@ -534,7 +534,7 @@ def _check_fit(config: TrainConfig, spec: ModelSpec, folder: TokenFolder) -> Non
         )
 
 
-def recompute_choices(config: TrainConfig, layout: Layout) -> dict[int, Recompute]:
+def recompute_choices(config: TrainConfig, layout: Layout) -> dict[int | str, Recompute]:
     """What of each layer is computed again in the backward pass: the recipe's word or the plan's.
 
     Raises:
