@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 
 from moesaic.errors import PlanError
 from moesaic.planning import chain, choose
-from moesaic.planning.solve import Choice, Problem, Solution, Unit, solve
+from moesaic.planning.solve import Choice, Problem, Solution, Unit, near_optimal, shortage, solve
 
 NAMES = ("none", "moe_activations", "attention", "full")
 
@@ -336,3 +339,105 @@ def test_larger_problems_equal_highs():
 def test_40_larger_problems_equal_highs():
     verdicts = Counter(check_equals_highs(seed) for seed in range(40))
     assert verdicts["must recompute"] >= 15
+
+
+# --- Several stages a rank ---------------------------------------------------------------------
+
+
+def equal_problem(seed: int, *, halves: bool) -> Problem:
+    """Equal layers over 2 or 3 ranks with 2 or 3 stages each, some of them V-shaped."""
+    rng = random.Random(seed)
+    v_shaped = rng.random() < 0.3
+    ranks, turns = rng.choice([(2, 2), (3, 2), (2, 3)][: 2 if v_shaped else 3])
+    stages, real = ranks * turns, rng.random() < 0.5
+    most = 6 if halves and turns == 3 else 7
+    layers = rng.randint(stages if halves else max(1, stages - 2), most)
+    one, two = (random_choices(rng, rng.randint(1, 3), scale=8, real=real) for _ in range(2))
+    both = random_choices(rng, 3, scale=12, real=real)
+    before, after = rng.choice([(True, True), (True, True), (False, True), (False, False)])
+    alone = (Choice("none", 0, rng.randint(0, 9)),)
+    state = rng.randint(0, 20), rng.randint(0, 40)
+    units = [Unit("embedding", rng.randint(0, 3), rng.randint(0, 30), alone)] * before
+    firsts = range(before, before + 2 * layers, 2)
+    for layer in range(layers):
+        units.append(Unit(f"{layer}.attention", 2, state[0], one))
+        units.append(Unit(f"{layer}.feed_forward", 5.5 if real else 5, state[1], two))
+    units += [Unit("head", rng.randint(0, 9), rng.randint(0, 30), alone)] * after
+    cuts = range(1, len(units)) if halves else [*firsts, firsts[-1] + 2]
+    in_flight = rng.choice(
+        [
+            tuple(float(stages - stage) for stage in range(stages)),
+            tuple(float(rng.randint(1, 6)) for _ in range(stages)),
+            (3.0,) * stages,
+        ]
+    )
+    need = sum(u.state_bytes for u in units) + layers * 3.5 * both[0].kept_bytes
+    budgets = tuple(int(need / ranks * rng.uniform(0.45, 1.3)) + 20 for _ in range(ranks))
+    return Problem(
+        units=tuple(units),
+        layers=dict.fromkeys(firsts, both),
+        cuts=frozenset(cut for cut in cuts if 0 < cut < len(units)),
+        ranks=ranks,
+        interleave=turns,
+        v_shaped=v_shaped,
+        in_flight=in_flight,
+        budgets=budgets,
+        speeds=tuple(rng.choice([1.0, 1.0, 0.5]) for _ in range(ranks)),
+    )
+
+
+def possible(make: Any, seeds: range, **kind: bool) -> Iterator[Problem]:
+    """Problems that have as many units as stages."""
+    for seed in seeds:
+        with contextlib.suppress(PlanError):
+            yield make(seed, **kind)
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["whole layers", "half layers"])
+def test_several_stages_a_rank_of_equal_layers_equal_brute_force(halves):
+    verdicts = Counter(map(check_is_best, possible(equal_problem, range(60), halves=halves)))
+    assert verdicts["must recompute"] >= 10
+    assert verdicts["nothing fits"] >= 5
+    assert verdicts["fits"] >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("halves", [False, True], ids=["whole layers", "half layers"])
+def test_several_stages_a_rank_of_300_problems_equal_brute_force(halves):
+    verdicts = Counter(map(check_is_best, possible(equal_problem, range(300), halves=halves)))
+    assert min(verdicts.values()) >= 25
+
+
+def interleaved(seed: int) -> Problem:
+    """Any units on 2 or 3 ranks with 2 stages each."""
+    rng = random.Random(seed)
+    ranks = rng.choice([2, 3])
+    problem = random_problem(seed, layers=rng.randint(4, 6), choices=3, ranks=2 * ranks)
+    return dataclasses.replace(
+        problem,
+        ranks=ranks,
+        interleave=2,
+        v_shaped=rng.random() < 0.5,
+        budgets=tuple(2 * most for most in problem.budgets[:ranks]),
+        speeds=problem.speeds[:ranks],
+    )
+
+
+def test_where_it_is_not_exact_the_optimum_lies_between_bound_and_answer():
+    gaps, found, nothing = [], 0, 0
+    for problem in possible(interleaved, range(60)):
+        best = brute_force(problem)
+        try:
+            solution = solve(problem)
+        except PlanError:
+            nothing += best < math.inf
+            continue
+        found += 1
+        check_is_what_it_says(problem, solution)
+        assert solution.bound <= best * (1 + 1e-12)
+        gaps.append(solution.bottleneck / best - 1)
+    assert min(gaps) > -1e-12
+    assert found >= 20
+    assert nothing <= found // 20
+    assert sorted(gaps)[len(gaps) // 2] == pytest.approx(0, abs=1e-12)
+    assert max(gaps) < 0.25

@@ -1,13 +1,9 @@
-"""Several stages a rank: exact where all layers are equal, a good layout and a bound elsewhere.
+"""Several stages a rank of equal layers, exactly.
 
 Stages of a rank share its time and its bytes. Where layers are equal, a rank's time depends only on
-how many it has: beyond the least that each stage needs they lie best in the stage with the fewest
+how many it has: beyond the least that each stage needs, they lie best in the stage with the fewest
 micro-batches in flight. Handing out layers one by one, each to the rank that takes the least time
 with one more, gives the fastest slowest rank, because a rank's time only grows.
-
-Where they are not equal, layouts are improved step by step, and held against two lower bounds: a
-linear program that hands out units in fractions and in any order, and, for equal layers that may
-be cut in two, one that hands out whole halves in any order.
 """
 
 from __future__ import annotations
@@ -17,14 +13,18 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moesaic.planning.choose import Group
 from moesaic.planning.row import Row
 from moesaic.planning.split import Span
 
-Measure = Callable[[int, tuple[Group, ...]], float]
-"""Of a rank with given units: its seconds, or the bytes that it lacks."""
+Measure = Callable[[int, dict[int, int]], float]
+"""Of a rank with whole layers in each of its stages: its seconds, or the bytes that it lacks."""
+
+
+Halves = tuple[bool, bool]
+"""Whether a stage begins with the second half of a layer, and ends with the first half of one."""
 
 
 @dataclass(frozen=True)
@@ -37,34 +37,78 @@ class EqualLayers:
 
     count: int
     least: tuple[int, ...]
-    """Layers that each stage needs so as not to be empty."""
+    """Whole layers that each stage needs so as not to be empty, if it has no half."""
 
-    is_exact: bool
-    """Whether stages may be cut between layers only."""
+    halves: tuple[Halves, ...]
+    """Of each stage."""
+
+    before: tuple[int, ...]
+    """Kinds of what is on the first stage, before the layers."""
+
+    after: tuple[int, ...]
+    """Kinds of what is on the last stage, after the layers."""
 
     @classmethod
     def of(cls, row: Row) -> EqualLayers | None:
-        """The row as equal layers; None if it is not."""
-        firsts, problem = sorted(row.whole), row.problem
-        if len(set(row.whole.values())) != 1:
+        """The most equal layers in a row, none of them cut; None if there are too few.
+
+        Units before them are on the first stage then, and those after them on the last.
+        """
+        problem, cuts = row.problem, row.problem.cuts
+        firsts = max(_runs(row), key=len, default=[])
+        if not firsts or not set(firsts[1:]) <= cuts:
             return None
         first, end = firsts[0], firsts[-1] + 2
-        between = set(range(first + 2, end, 2))
-        if firsts != list(range(first, end, 2)) or not between <= problem.cuts:
-            return None
         ends = {first, end} - {0, len(problem.units)}
         least = [1] * problem.stages
-        least[0] -= first in ends & problem.cuts
-        least[-1] -= end in ends & problem.cuts
-        is_exact = not problem.cuts - between - ends - {0}
+        least[0] -= first in ends & cuts
+        least[-1] -= end in ends & cuts
         if sum(least) > len(firsts):
             return None
-        return cls(row, first, len(firsts), tuple(least), is_exact)
+        before, after = row.items((0, first)), row.items((end, len(problem.units)))
+        return cls(
+            row,
+            first,
+            len(firsts),
+            tuple(least),
+            ((False, False),) * problem.stages,
+            tuple(item.kind for item in before),
+            tuple(item.kind for item in after),
+        )
+
+    def relaxed(self) -> EqualLayers:
+        """The layers without what may be on any other stage, and stages that may be empty.
+
+        It is no slower than any layout of the whole row.
+        """
+        in_layers = {unit for first in self.row.whole for unit in (first, first + 1)}
+        single, last = self.row.single, len(self.row.single) - 1
+        return replace(
+            self,
+            least=(0,) * len(self.least),
+            before=() if 0 in in_layers else (single[0],),
+            after=() if last in in_layers else (single[last],),
+        )
+
+    @property
+    def end(self) -> int:
+        """The unit after the last layer."""
+        return self.first + 2 * self.count
+
+    @property
+    def is_all(self) -> bool:
+        """Whether there are no other places to cut than between layers."""
+        return not self.row.problem.cuts - {0, *range(self.first, self.end + 1, 2)}
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether any of the layers may be cut."""
+        return set(range(self.first + 1, self.end, 2)) <= self.row.problem.cuts
 
     def best(self) -> list[Span] | None:
         """Stages of the least bottleneck; in each rank as equal in time as that allows."""
         layers = self._hand_out(self._seconds)
-        limit = max(self._seconds(rank, self._crowded(rank, n)) for rank, n in enumerate(layers))
+        limit = max(self.seconds(rank, number) for rank, number in enumerate(layers))
         if limit == math.inf:
             return None
         counts = [0] * self.row.problem.stages
@@ -72,6 +116,11 @@ class EqualLayers:
             for stage, count in self._even(rank, number, limit).items():
                 counts[stage] = count
         return self._stages(counts)
+
+    def slowest(self) -> float:
+        """The least bottleneck; infinite if nothing fits."""
+        layers = self._hand_out(self._seconds)
+        return max(self.seconds(rank, number) for rank, number in enumerate(layers))
 
     def tightest(self) -> list[Span]:
         """Stages of which the one that lacks the most bytes lacks the least."""
@@ -81,78 +130,103 @@ class EqualLayers:
                 counts[stage] = count
         return self._stages(counts)
 
-    def _seconds(self, rank: int, groups: tuple[Group, ...]) -> float:
-        return self.row.load(rank, groups).seconds
+    def _seconds(self, rank: int, counts: dict[int, int]) -> float:
+        return self.row.load(rank, self._groups(counts)).seconds
 
-    def _lack(self, rank: int, groups: tuple[Group, ...]) -> float:
-        return self.row.least_bytes(groups) - self.row.problem.budgets[rank]
+    def _lack(self, rank: int, counts: dict[int, int]) -> float:
+        return self.row.least_bytes(self._groups(counts)) - self.row.problem.budgets[rank]
 
     def _hand_out(self, measure: Measure) -> list[int]:
-        """Layers of each rank, so that the largest measure is the least."""
-        problem = self.row.problem
-        layers = [
-            sum(self.least[stage] for stage in problem.stages_of(rank))
-            for rank in range(problem.ranks)
-        ]
+        """Whole layers of each rank, so that the largest measure is the least."""
+        layers = [self.fewest(rank) for rank in range(self.row.problem.ranks)]
         heap = [
-            (measure(rank, self._crowded(rank, number + 1)), rank)
+            (measure(rank, self._crowd(rank, number + 1)), rank)
             for rank, number in enumerate(layers)
         ]
         heapq.heapify(heap)
-        for _ in range(self.count - sum(layers)):
+        for _ in range(self.count - sum(end for _, end in self.halves) - sum(layers)):
             _, rank = heap[0]
             layers[rank] += 1
-            more = measure(rank, self._crowded(rank, layers[rank] + 1))
+            more = measure(rank, self._crowd(rank, layers[rank] + 1))
             heapq.heapreplace(heap, (more, rank))
         return layers
+
+    def seconds(self, rank: int, number: int) -> float:
+        """The least that a rank takes with so many whole layers."""
+        return self._seconds(rank, self._crowd(rank, number))
+
+    def fewest(self, rank: int) -> int:
+        """Whole layers without which a stage of the rank would be empty."""
+        return sum(map(self._fewest, self.row.problem.stages_of(rank)))
+
+    def _fewest(self, stage: int) -> int:
+        return 0 if any(self.halves[stage]) else self.least[stage]
 
     def _crowd(self, rank: int, number: int) -> dict[int, int]:
         """Layers of each stage of a rank that holds them in the fewest bytes."""
         problem = self.row.problem
-        stages = problem.stages_of(rank)
-        counts = {stage: self.least[stage] for stage in stages}
-        lightest = min(stages, key=lambda stage: problem.in_flight[stage])
+        counts = {stage: self._fewest(stage) for stage in problem.stages_of(rank)}
+        lightest = min(counts, key=lambda stage: problem.in_flight[stage])
         counts[lightest] += number - sum(counts.values())
         return counts
-
-    def _crowded(self, rank: int, number: int) -> tuple[Group, ...]:
-        return self._groups(self._crowd(rank, number))
 
     def _even(self, rank: int, number: int, limit: float) -> dict[int, int]:
         """Layers of each stage of a rank, as equal in time as a limit of its seconds allows."""
         in_flight = self.row.problem.in_flight
-        counts = self._crowd(rank, sum(self.least[s] for s in self.row.problem.stages_of(rank)))
+        counts = self._crowd(rank, self.fewest(rank))
         layer = self.row.kinds[self.row.whole[self.first]].seconds
+        others = {
+            stage: sum(self.row.kinds[kind].seconds for kind in self._others(stage))
+            for stage in counts
+        }
         while sum(counts.values()) < number:
-            stage = min(counts, key=lambda s: self._extra(s) + counts[s] * layer)
-            counts[stage] += 1
-        while self._seconds(rank, self._groups(counts)) > limit:
+            counts[min(counts, key=lambda s: others[s] + counts[s] * layer)] += 1
+        while self._seconds(rank, counts) > limit:
             lightest = min(counts, key=lambda s: in_flight[s])
             heaviest = max(
-                (s for s in counts if counts[s] > self.least[s] and s != lightest),
+                (s for s in counts if counts[s] > self._fewest(s) and s != lightest),
                 key=lambda s: (in_flight[s], counts[s]),
             )
             counts[heaviest] -= 1
             counts[lightest] += 1
         return counts
 
-    def _extra(self, stage: int) -> float:
-        return sum(self.row.kinds[kind].seconds for kind in self._others(stage))
-
     def _others(self, stage: int) -> list[int]:
-        """Kinds of units of a stage besides layers."""
-        single, end = self.row.single, self.first + 2 * self.count
-        before = single[: self.first] if stage == 0 else []
-        return before + (single[end:] if stage == self.row.problem.stages - 1 else [])
+        """Kinds of what a stage has besides whole layers."""
+        begins, ends = self.halves[stage]
+        return [
+            *(self.before if stage == 0 else ()),
+            *([self.row.single[self.first + 1]] if begins else []),
+            *([self.row.single[self.first]] if ends else []),
+            *(self.after if stage == self.row.problem.stages - 1 else ()),
+        ]
 
     def _groups(self, counts: dict[int, int]) -> tuple[Group, ...]:
-        whole = self.row.whole[self.first]
+        whole, units = self.row.whole[self.first], Counter[tuple[float, int]]()
+        for stage, layers in counts.items():
+            in_flight = self.row.problem.in_flight[stage]
+            units.update((in_flight, kind) for kind in self._others(stage))
+            units[in_flight, whole] += layers
         return tuple(
-            Group(kind, count, self.row.problem.in_flight[stage])
-            for stage, layers in counts.items()
-            for kind, count in sorted(Counter([*self._others(stage), *[whole] * layers]).items())
+            Group(kind, count, in_flight)
+            for (in_flight, kind), count in sorted(units.items())
+            if count
         )
 
     def _stages(self, counts: Sequence[int]) -> list[Span]:
-        ends = [self.first + 2 * n for n in itertools.accumulate(counts)]
-        return list(itertools.pairwise([0, *ends[:-1], len(self.row.problem.units)]))
+        edges, unit = [0], self.first
+        for layers, (begins, ends) in zip(counts, self.halves, strict=True):
+            unit += begins + 2 * layers + ends
+            edges.append(unit)
+        return list(itertools.pairwise([*edges[:-1], len(self.row.problem.units)]))
+
+
+def _runs(row: Row) -> list[list[int]]:
+    """First units of equal layers that follow each other."""
+    runs: list[list[int]] = []
+    for first, kind in sorted(row.whole.items()):
+        if runs and runs[-1][-1] + 2 == first and row.whole[runs[-1][-1]] == kind:
+            runs[-1].append(first)
+        else:
+            runs.append([first])
+    return runs

@@ -1,13 +1,12 @@
-"""Lower bounds of the slowest rank's seconds, for several stages a rank of units not all alike.
+"""A lower bound of the slowest rank's seconds, for several stages a rank of any units.
 
-Both forget the order of the units, and take every stage of a rank for the one with the fewest
-micro-batches in flight. What is forgotten can only help, so no layout is faster.
+A linear program hands out units in fractions, in any order, and with every stage of a rank taken
+for the one with the fewest micro-batches in flight. All that can only help, so that no layout is
+faster than its optimum.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moesaic.planning.choose import Chooser, Group
-from moesaic.planning.interleave import EqualLayers
-from moesaic.planning.problem import Choice, Problem
+from moesaic.planning.problem import Problem
 from moesaic.planning.row import Row
 
 TOLERANCE = 1e-6
@@ -115,93 +112,3 @@ def _places(problem: Problem, stage: int | None) -> Iterator[tuple[int, float]]:
             yield rank, min(problem.in_flight[s] for s in stages)
         elif stage in stages:
             yield rank, problem.in_flight[stage]
-
-
-def halves_bound(equal: EqualLayers, upper: float) -> float:
-    """Hand out whole halves of equal layers to ranks: the least seconds, at most `upper`."""
-    row, layers = equal.row, equal.count
-    if equal.first > 1 or len(row.single) - equal.first - 2 * layers > 1:
-        return 0.0
-    tables = [_Halves(equal, rank).table(upper) for rank in range(row.problem.ranks)]
-    values = sorted({seconds for table in tables for seconds in table.values()})
-
-    def can_hold(seconds: float) -> bool:
-        most = np.full(layers + 1, -np.inf)
-        most[0] = 0
-        for table in tables:
-            held = dict[int, int]()
-            for (first, second), takes in table.items():
-                if takes <= seconds:
-                    held[first] = max(second, held.get(first, 0))
-            following = np.full(layers + 1, -np.inf)
-            for first, second in held.items():
-                part = following[first:]
-                np.maximum(part, most[: layers + 1 - first] + second, out=part)
-            most = following
-        return bool(most[-1] >= layers)
-
-    where = bisect.bisect_left(values, True, key=can_hold)
-    return values[where] if where < len(values) else upper
-
-
-class _Halves:
-    """Least seconds of a rank with any number of first and second halves of equal layers."""
-
-    def __init__(self, equal: EqualLayers, rank: int) -> None:
-        row, problem = equal.row, equal.row.problem
-        self.row, self.rank, self.layers = row, rank, equal.count
-        self.halves = row.single[equal.first : equal.first + 2]
-        self.stages = len(problem.stages_of(rank))
-        self.in_flight = min(problem.in_flight[s] for s in problem.stages_of(rank))
-        whole = len(row.kinds)
-        pairs = itertools.product(*(row.kinds[half].choices for half in self.halves))
-        both = tuple(_both(one, two) for one, two in pairs)
-        choices = row.kinds[row.whole[equal.first]].choices + both
-        self.kinds = [*row.kinds, row.kinds[row.whole[equal.first]]._replace(choices=choices)]
-        self.whole = whole
-        self.chooser = Chooser([kind.choices for kind in self.kinds])
-        end = equal.first + 2 * equal.count
-        self.others = [
-            Group(row.single[unit], 1, problem.in_flight[stage])
-            for unit, stage in ((0, 0), (len(row.single) - 1, problem.stages - 1))
-            if stage in problem.stages_of(rank) and not equal.first <= unit < end
-        ]
-
-    def table(self, upper: float) -> dict[tuple[int, int], float]:
-        """Seconds by numbers of first and second halves, where they are below `upper`.
-
-        A stage begins with a second half and ends with a first one at most, so that the numbers
-        differ by no more than there are stages.
-        """
-        found = {}
-        for first in range(self.layers + 1):
-            near = range(max(0, first - self.stages), min(self.layers, first + self.stages) + 1)
-            for second in near:
-                seconds = self._seconds(first, second, upper)
-                if seconds < upper:
-                    found[first, second] = seconds
-        return found
-
-    def _seconds(self, first: int, second: int, upper: float) -> float:
-        whole = min(first, second)
-        counts = [
-            (self.whole, whole),
-            *zip(self.halves, (first - whole, second - whole), strict=True),
-        ]
-        groups = self.others + [Group(kind, n, self.in_flight) for kind, n in counts if n]
-        problem = self.row.problem
-        base = sum(group.units * self.kinds[group.kind].seconds for group in groups)
-        if base / problem.speeds[self.rank] >= upper:
-            return math.inf
-        room = problem.budgets[self.rank] - sum(g.units * self.kinds[g.kind].state for g in groups)
-        chosen = self.chooser.cheapest(groups, room)
-        return math.inf if chosen is None else (base + chosen.seconds) / problem.speeds[self.rank]
-
-
-def _both(one: Choice, two: Choice) -> Choice:
-    return Choice(
-        f"{one.recompute} {two.recompute}",
-        one.seconds + two.seconds,
-        one.kept_bytes + two.kept_bytes,
-        max(one.transient_bytes, two.transient_bytes),
-    )

@@ -1,7 +1,7 @@
 """A problem's units as a row of numbers: rounded alike, told apart by kind, summed over any span.
 
 A layer whose two units lie in one span counts as one item, one that the span cuts as a half.
-Seconds and bytes become whole multiples of a power of two, so fine (2**-52 of their sum) that
+Seconds and bytes become whole multiples of a power of two, so fine (2**-53 of their sum) that
 nothing is lost that a float could show, and every sum of them is exact: equal layers take equal
 time wherever they stand.
 """
@@ -276,4 +276,4 @@ class _Tidy:
 
 def _quantum(total: float) -> float:
     """A power of two of which `total` has fewer than 2**53."""
-    return math.ldexp(1.0, math.frexp(total)[1] - 52) if total > 0 else 1.0
+    return math.ldexp(1.0, math.frexp(total)[1] - 53) if total > 0 else 1.0

@@ -8,14 +8,18 @@ several stages a rank, any other units     a layout found step by step, and a lo
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
 from moesaic.errors import PlanError
 from moesaic.planning.chain import Chain
+from moesaic.planning.choose import SLACK
+from moesaic.planning.halves import HalvedLayers
 from moesaic.planning.interleave import EqualLayers
 from moesaic.planning.layouts import Layouts
 from moesaic.planning.problem import Choice, Problem, Solution, Unit
+from moesaic.planning.relax import linear_bound
 from moesaic.planning.row import Row
 from moesaic.planning.split import Span
 
@@ -93,7 +97,7 @@ def shortage(problem: Problem) -> Shortage | None:
     else:
         equal = EqualLayers.of(row)
         stages = _one_stage_a_rank(row) if equal is None else equal.tightest()
-        if equal is None or not equal.is_exact:
+        if equal is None or not equal.is_all:
             layouts = Layouts(row)
             stages = layouts.stages(layouts.improve(layouts.edges(stages)))
     found = _shortage(row, stages)
@@ -101,38 +105,64 @@ def shortage(problem: Problem) -> Shortage | None:
 
 
 def _find(row: Row) -> _Found:
-    if row.problem.interleave == 1:
+    problem = row.problem
+    if problem.interleave == 1:
         chain = Chain(row)
         stages = chain.best()
         if stages is None:
             raise _does_not_fit(_shortage(row, chain.tightest()))
         return _Found(stages, None)
     equal = EqualLayers.of(row)
-    if equal is None or not equal.is_exact:
-        return _search(row, equal)
-    stages = equal.best()
+    if equal is None:
+        return _search(row, None, None)
+    if equal.is_all:
+        return _proved(row, equal.best(), equal)
+    if not equal.has_halves:
+        return _search(row, equal, equal.best())
+    halved = HalvedLayers(equal)
+    stages = halved.best().best()
+    is_all = problem.cuts <= {0, *range(equal.first, equal.end + 1)}
+    if halved.is_all and is_all and equal.count >= problem.stages:
+        return _proved(row, stages, equal)
+    return _search(row, equal, stages)
+
+
+def _proved(row: Row, stages: list[Span] | None, equal: EqualLayers) -> _Found:
     if stages is None:
         raise _does_not_fit(_shortage(row, equal.tightest()))
     return _Found(stages, None)
 
 
-def _search(row: Row, equal: EqualLayers | None) -> _Found:
-    """Improve the best layouts of simpler problems, and bound what any other could be."""
-    from moesaic.planning.relax import halves_bound, linear_bound
-
+def _search(row: Row, equal: EqualLayers | None, stages: list[Span] | None) -> _Found:
+    """Improve layouts of simpler problems, and bound what any other could be."""
     layouts = Layouts(row)
-    starts = [_one_stage_a_rank(row)]
-    if equal is not None:
-        starts.append(equal.best() or equal.tightest())
-    improved = [layouts.improve(layouts.edges(stages)) for stages in starts]
+    starts = [_one_stage_a_rank(row)] + ([] if stages is None else [stages])
+    improved = [layouts.improve(layouts.edges(start)) for start in starts]
     score, edges = min((layouts.score(found), found) for found in improved)
-    stages, fastest = layouts.stages(edges), score.seconds[0]
-    if fastest == math.inf:
+    stages = layouts.stages(edges)
+    if score.seconds[0] == math.inf:
         raise _does_not_fit(_shortage(row, stages))
-    bound = linear_bound(row)
+    bound = max(linear_bound(row), _heaviest(row))
     if equal is not None:
-        bound = max(bound, halves_bound(equal, fastest))
-    return _Found(stages, bound)
+        bound = max(bound, _equal_bound(equal))
+    return _Found(stages, bound * (1 - SLACK))
+
+
+def _heaviest(row: Row) -> float:
+    """What is never cut is on one rank."""
+    pieces = itertools.pairwise(row.positions)
+    problem = row.problem
+    return max(sum(u.seconds for u in problem.units[a:b]) for a, b in pieces) / max(problem.speeds)
+
+
+def _equal_bound(equal: EqualLayers) -> float:
+    """The most equal layers alone, wherever they may be cut."""
+    relaxed = equal.relaxed()
+    inside = set(range(equal.first + 1, equal.end, 2))
+    if not inside & equal.row.problem.cuts:
+        return relaxed.slowest()
+    halved = HalvedLayers(relaxed)
+    return halved.best().slowest() if halved.is_all else 0.0
 
 
 def _one_stage_a_rank(row: Row) -> list[Span]:
