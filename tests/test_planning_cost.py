@@ -10,7 +10,6 @@ import pytest
 from moesaic.errors import PlanError
 from moesaic.planning.cluster import read_cluster
 from moesaic.planning.cost import (
-    BF16,
     RECOMPUTE,
     Machine,
     MeasuredTable,
@@ -27,6 +26,7 @@ from moesaic.planning.plan import TrainPlan
 from moesaic.planning.published_time import (
     NotModelledError,
     check_time,
+    compare_time,
     read_rows,
     setting_of,
 )
@@ -83,7 +83,7 @@ def test_every_part_of_skywork_s_layer_has_the_size_of_the_reference():
     attention, experts = part(costs, "0.attention"), part(costs, "0.feed_forward")
     # 57 MB each way and layer over 200 GB/s, 0.28 ms, dispatch and combine together.
     machine = Machine.of(perfect("192x8xA800"), skywork_job())
-    one_way = machine.all_to_all(2048 * 2 * BF16 * 4608, machine.experts)
+    one_way = machine.all_to_all(2048 * 2 * 2 * 4608, machine.experts)
     assert 2 * (one_way - machine.latency(machine.experts)) == pytest.approx(0.28e-3, rel=0.02)
     # About 12 ms of forward computation at half the peak: a bit less at what products reach.
     assert 0.006 < attention.forward + experts.forward < 0.012
@@ -102,7 +102,7 @@ def test_tensor_parallel_ranks_share_the_work_and_pay_for_exchanges(tp):
             part(alone, name).parts["products"] / tp, rel=0.1
         )
     # A gather and a sum forward, the same backward, each (t - 1) / t of the micro-batch.
-    moved = 4 * 4096 * 8192 * BF16 * (tp - 1) / tp
+    moved = 4 * 4096 * 8192 * 2 * (tp - 1) / tp
     exchanged = part(split, "0.feed_forward").parts["communication"]
     machine = Machine.of(perfect("8xH100"), job.replace(tp=tp))
     assert exchanged == pytest.approx(moved / 450e9 + 4 * machine.latency(machine.tensor))
@@ -117,7 +117,7 @@ def test_experts_exchange_what_the_reference_counts(over, ep, copies, etp):
     job = skywork_job(experts_over=over, ep=ep, deduplicate=False)
     cost = part(unit_costs(SKYWORK, job, cluster), "0.feed_forward")
     machine = Machine.of(cluster, job)
-    rows = 2048 * 2 * 4608 * BF16
+    rows = 2048 * 2 * 4608 * 2
     one_way = machine.all_to_all(rows, machine.experts)
     expected = 4 * one_way
     if etp > 1:
@@ -230,7 +230,7 @@ def test_ranks_hold_all_parameters_between_them():
 
 def test_the_price_of_edp_is_the_reference_s():
     """2.94 billion parameters a rank: 17.7 GB a step, 1.4 s at 12.5 GB/s."""
-    job = skywork_job()
+    job = skywork_job(framework="megatron")
     middle = (1 + 2 * 20, 1 + 2 * 20 + 2 * 4)
     dense, experts = held_parameters(SKYWORK, job, middle)
     per_layer = (dense + experts) / 4
@@ -287,7 +287,7 @@ def test_a_stage_on_slower_devices_takes_longer():
     fast, slow = mixed.stage_seconds
     assert slow.forward > 1.5 * fast.forward
     straddling = predict(shape, job, read_cluster("2xH100+6xA100"))
-    assert straddling.stage_seconds[0].forward == pytest.approx(slow.forward, rel=0.1)
+    assert straddling.stage_seconds[0].forward > 1.5 * fast.forward
 
 
 def test_a_cluster_that_is_too_small_is_refused():
@@ -489,6 +489,9 @@ def test_errors_stand_beside_the_null_and_the_noise(tmp_path):
     assert error.null == pytest.approx((15 / 14 - 1 + 1 - 15 / 16) / 3)
     assert error.skill == pytest.approx(1 - error.mape / error.null)
     assert check.noise() == pytest.approx([1 / 14, 1 / 15])
+    table = compare_time(path).table()
+    assert "made up" in table
+    assert "noise: 2 plans published again differ by 6.9% in the median, 7.1% at most" in table
 
 
 def test_a_table_without_the_columns_is_refused(tmp_path):

@@ -75,9 +75,6 @@ BUCKET = 40e6
 STEP_SECONDS = 0.01
 """Of each step, for what is not counted: the norm's reduction, the data, the log. Ours."""
 
-BF16 = 2
-"""Bytes of an activation between kernels."""
-
 RECOMPUTE = ("none", "moe_activations", "attention", "full")
 
 
@@ -158,6 +155,11 @@ class Machine:
             network_latency=cluster.network_latency,
         )
 
+    @property
+    def width(self) -> int:
+        """Bytes of an activation between kernels."""
+        return 4 if self.job.dtype == "fp32" else 2
+
     def group(self, ranks: int, *, stride: int = 1) -> Group:
         """Ranks a stride apart."""
         return Group(ranks, max(1, min(ranks, self.node_size // stride)))
@@ -230,7 +232,7 @@ class Machine:
         if flops <= 0:
             return 0.0
         best = self.device.flash_efficiency[backward]
-        dtype = "bf16" if "bf16" in self.device.matmul_flops else "fp32"
+        dtype = "fp32" if self.job.dtype == "fp32" else "bf16"
         # Narrow heads multiply less for each softmax: 64 reach some 0.75 of 128.
         narrow = min(1.0, 1.5 * head_dim / (head_dim + 64))
         return flops / (self.device.peak(dtype) * best * narrow * sequence / (sequence + RAMP))
@@ -408,7 +410,7 @@ def _attention(machine: Machine, shape: ModelShape, attention: AttentionShape) -
     heads = attention.heads + attention.kv_heads
     turned = job.tokens * heads * (attention.rope_dim or attention.head_dim) / job.tp
     if not shape.positions:
-        passes.memory(2 * BF16 * turned, 2 * BF16 * turned, kernels=2)
+        passes.memory(2 * machine.width * turned, 2 * machine.width * turned, kernels=2)
     core = _core(passes, attention)
     again = core if job.framework == "megatron" else math.inf
     return passes.cost("attention", {"attention": again})
@@ -447,7 +449,9 @@ def _pass_round(
     if job.cp == 1:
         return
     width = attention.kv_heads * (attention.score_dim + attention.value_dim) / job.tp
-    around = machine.gather(BF16 * job.tokens * job.cp * width, machine.context, times=job.cp)
+    around = machine.gather(
+        machine.width * job.tokens * job.cp * width, machine.context, times=job.cp
+    )
     for cost, seconds, core in (
         (passes.forward, around, forward),
         (passes.inputs, 2 * around, backward),
@@ -494,7 +498,9 @@ def _experts(machine: Machine, shape: ModelShape, moe: MoEShape) -> UnitCost:
     passes.matrix(rows, down, over=job.expert_tensor_ranks, many=held)
     # Rows into the order of experts and back, and weighted on the way.
     for count in (job.rows * moe.top_k, received):
-        passes.memory(4 * BF16 * count * hidden, 4 * BF16 * count * hidden, kernels=8)
+        passes.memory(
+            4 * machine.width * count * hidden, 4 * machine.width * count * hidden, kernels=8
+        )
     if moe.shared_dim:
         shared_up, shared_down = moe.shared(hidden)
         beside = passes.matrix(job.tokens, shared_up, over=job.tp)
@@ -510,7 +516,7 @@ def _dispatch(passes: _Passes, moe: MoEShape, hidden: int, load: float) -> None:
     """Rows to the ranks that hold their experts, and back."""
     machine, job = passes.machine, passes.machine.job
     ranks = job.expert_ranks
-    row = BF16 * hidden
+    row = machine.width * hidden
     kind = job.dispatch
     if kind == "auto":
         kind = "all_to_all" if moe.top_k < ranks or job.framework == "megatron" else "all_gather"
@@ -559,15 +565,15 @@ def distinct_ranks(experts: int, top_k: int, ranks: int) -> float:
 def _norm_and_residual(passes: _Passes, shape: ModelShape) -> None:
     elements = passes.machine.job.rows * shape.hidden
     # Norm: read and write; backward it reads the input too. The residual is read and added.
-    passes.memory(2 * BF16 * elements, 3 * BF16 * elements)
-    passes.memory(3 * BF16 * elements, 2 * BF16 * elements)
+    passes.memory(2 * passes.machine.width * elements, 3 * passes.machine.width * elements)
+    passes.memory(3 * passes.machine.width * elements, 2 * passes.machine.width * elements)
 
 
 def _activation(passes: _Passes, columns: float, matrices: int) -> float:
     """The activation over so many elements; returns the seconds of computing it again."""
     before = len(("gate", "up")[: matrices - 1])
-    forward = BF16 * columns * (before + 1)
-    passes.memory(forward, BF16 * columns * (2 * before + 1))
+    forward = passes.machine.width * columns * (before + 1)
+    passes.memory(forward, passes.machine.width * columns * (2 * before + 1))
     return passes.machine.moved(forward)
 
 
@@ -576,14 +582,14 @@ def _enter(passes: _Passes, width: int, *, beside: float) -> None:
     machine, job = passes.machine, passes.machine.job
     if not job.sequence_parallel:
         return
-    seconds = machine.gather(BF16 * job.tokens * width, machine.tensor)
+    seconds = machine.gather(machine.width * job.tokens * width, machine.tensor)
     passes.exchange(seconds, beside=beside, overlap=job.overlap_tensor)
 
 
 def _leave(passes: _Passes, width: int, *, beside: float) -> None:
     """Sum over the tensor-parallel ranks, and share out the positions where they are shared."""
     machine, job = passes.machine, passes.machine.job
-    seconds = machine.gather(BF16 * job.tokens * width, machine.tensor)
+    seconds = machine.gather(machine.width * job.tokens * width, machine.tensor)
     if not job.sequence_parallel:
         seconds *= 2
     passes.exchange(seconds, beside=beside, overlap=job.overlap_tensor)
@@ -593,7 +599,9 @@ def _embedding(machine: Machine, shape: ModelShape) -> UnitCost:
     job = machine.job
     passes = _Passes(machine)
     elements = job.tokens * shape.hidden
-    passes.memory(2 * BF16 * elements, (BF16 + 2 * job.gradient_bytes) * elements, kernels=3)
+    passes.memory(
+        2 * machine.width * elements, (machine.width + 2 * job.gradient_bytes) * elements, kernels=3
+    )
     _leave(passes, shape.hidden, beside=0.0)
     return passes.cost("embedding", {})
 
@@ -602,17 +610,37 @@ def _head(machine: Machine, shape: ModelShape) -> UnitCost:
     job = machine.job
     passes = _Passes(machine)
     elements = job.rows * shape.hidden
-    passes.memory(2 * BF16 * elements, 3 * BF16 * elements)
+    passes.memory(2 * machine.width * elements, 3 * machine.width * elements)
     head = Matrix("head", shape.hidden, shape.vocab, "columns")
     # Kept out of fp8, as every recipe does.
     dtype = "bf16" if job.dtype == "fp8" else None
     beside = passes.matrix(job.tokens, head, over=job.tp, dtype=dtype)
     logits = job.tokens * shape.vocab / job.tp
     forward, backward = FUSED_LOGIT_BYTES if job.fused_loss else LOGIT_BYTES
+    if job.framework == "moesaic":
+        forward, backward = CHUNKED_LOGIT_BYTES, 0
     passes.memory(forward * logits, backward * logits, kernels=8)
     _enter(passes, shape.hidden, beside=beside)
-    return passes.cost("head", {})
+    if job.framework != "moesaic":
+        return passes.cost("head", {})
+    # Gradients are found chunk by chunk with the loss, and only scaled in the backward pass.
+    weights = shape.hidden * shape.vocab / job.tp
+    chunks = math.ceil(job.tokens / CHUNK_TOKENS)
+    passes.forward.add("memory", machine.moved(12 * weights * chunks), chunks)
+    cost = passes.cost("head", {})
+    inputs = machine.moved(2 * machine.width * job.tokens * shape.hidden)
+    scaled = machine.moved(3 * 4 * weights)
+    return dataclasses.replace(
+        cost, forward=cost.seconds, input_gradient=inputs, weight_gradient=scaled
+    )
 
+
+CHUNK_TOKENS = 1024
+"""Tokens whose logits exist at once in Moesaic's loss (model/loss.py)."""
+
+CHUNKED_LOGIT_BYTES = 28
+"""Bytes moved for each logit there: read in bf16 and written in fp32 as a log-softmax, its exponent
+and its mask in place, and narrowed again."""
 
 LOGIT_BYTES = (38, 22)
 """Bytes moved for each logit, forward and backward. As Megatron-Core's loss over a split vocabulary
@@ -645,13 +673,16 @@ def step_costs(
     dense, experts = held_parameters(shape, job, units)
     buckets = max(1, math.ceil((dense + experts) / max(BUCKET, 1e6 * job.dense_data_ranks)))
     reduce = gather = 0.0
-    for count, group in ((dense, machine.data), (experts, machine.expert_data)):
-        pieces = max(1, math.ceil(buckets * count / max(1.0, dense + experts)))
-        reduce += machine.gather(job.gradient_bytes * count, group, times=pieces)
-        gather += machine.gather(BF16 * count, group, times=pieces)
+    # Moesaic keeps weights in fp32, and rounds only experts before it gathers them.
+    widths = (4 if job.framework == "moesaic" else machine.width, machine.width)
     if not job.zero:
         # Sums stay whole on every rank: the second half of an all-reduce.
-        gather *= job.gradient_bytes / BF16
+        widths = (job.gradient_bytes, job.gradient_bytes)
+    parts = (dense, machine.data, widths[0]), (experts, machine.expert_data, widths[1])
+    for count, group, width in parts:
+        pieces = max(1, math.ceil(buckets * count / max(1.0, dense + experts)))
+        reduce += machine.gather(job.gradient_bytes * count, group, times=pieces)
+        gather += machine.gather(width * count, group, times=pieces)
     shards = (job.dense_shards, job.expert_shards) if job.zero else (1, 1)
     updated = dense / shards[0] + experts / shards[1]
     moved = OPTIMIZER_BYTES * updated + job.gradient_bytes * (dense + experts)
@@ -794,11 +825,11 @@ def _send(machine: Machine, shape: ModelShape) -> float:
     job = machine.job
     elements = job.tokens * shape.hidden
     if job.framework == "moesaic" and not job.sequence_parallel:
-        return machine.send(BF16 * elements, job.stage_ranks)
-    seconds = machine.send(BF16 * elements / job.tp, job.stage_ranks)
+        return machine.send(machine.width * elements, job.stage_ranks)
+    seconds = machine.send(machine.width * elements / job.tp, job.stage_ranks)
     if not job.sequence_parallel:
         # Each tensor-parallel rank sends a part of what all have, and the receivers gather them.
-        seconds += machine.gather(BF16 * elements, machine.tensor)
+        seconds += machine.gather(machine.width * elements, machine.tensor)
     return seconds
 
 

@@ -88,11 +88,16 @@ SOFTWARE = (
         "Megatron-LM with sequence parallelism, before fused attention",
     ),
     Software(
-        r"dgx cloud|dgxc|nemo|megatron-bridge|bridge",
-        {"overlap_tensor": True, "gradient_bytes": 2, "fused_loss": True, "deduplicate": True}
-        | {"etp": 1},
-        "NeMo's recipes: tensor-parallel overlap, fused loss, gradients reduced in bf16, a token "
-        "sent once to each rank, experts not split over tensor-parallel ranks",
+        r"bridge",
+        {"overlap_tensor": True, "gradient_bytes": 2, "fused_loss": True}
+        | {"deduplicate": True, "etp": 1},
+        "Megatron-Bridge's recipes: tensor-parallel overlap, fused loss, gradients reduced in "
+        "bf16, a token sent once to each node, experts not split over tensor-parallel ranks",
+    ),
+    Software(
+        r"dgx cloud|dgxc|nemo",
+        {"overlap_tensor": True, "gradient_bytes": 2, "fused_loss": True},
+        "NeMo's recipes: tensor-parallel overlap, fused loss, gradients reduced in bf16",
     ),
     Software(
         r"simumax",
@@ -183,7 +188,7 @@ def _setting(row: Row) -> Setting:
     if count is None or sequence is None or batch is None:
         lacking = [key for key in ("n_gpus", "seq", "gbs") if _whole(row, key) is None]
         raise NotModelledError(f"the row lacks {', '.join(lacking)}")
-    cluster = read_cluster(f"{count}x{row['gpu'].strip()}")
+    cluster = read_cluster(f"{count}x{_device(row)}")
     tp, pp, cp = (_whole(row, key) or 1 for key in ("TP", "PP", "CP"))
     if count % (tp * pp * cp):
         raise NotModelledError(f"tp {tp} x pp {pp} x cp {cp} does not divide {count} devices")
@@ -242,6 +247,19 @@ def _setting(row: Row) -> Setting:
         seconds=_published_seconds(row, shape, job),
         notes=tuple(notes),
     )
+
+
+def _device(row: Row) -> str:
+    """The device as presets are named, whatever the row adds to it."""
+    text = row["gpu"].strip()
+    name = re.search(r"(GB|GH|B|H|A)\d{2,3}|MI3\d\dX|L40S|(?<!\d)[34]090", text.upper())
+    if name is None:
+        return text
+    if "PCIE" in text.upper():
+        return f"{name[0]}-PCIe"
+    if name[0] == "A100" and re.search(r"40 ?GB?", text.upper()):
+        return "A100-40GB"
+    return name[0]
 
 
 def _whole(row: Row, key: str) -> int | None:
@@ -533,6 +551,45 @@ class TimeCheck:
             for before, after in itertools.pairwise(times)
         ]
 
+    def table(self) -> str:
+        """Every row and every source, for a terminal."""
+        lines = [f"{'row':8} {'source':16} {'published':>10} {'predicted':>10} {'error':>8}"]
+        for item in self.compared:
+            setting = item.setting
+            lines.append(
+                f"{setting.name:8} {setting.group:16} {item.published:9.3f}s {item.seconds:9.3f}s "
+                f"{item.ratio - 1:+8.1%}"
+            )
+        lines.append("")
+        lines.append(
+            f"{'':28} {'rows':>4} {'error':>7} {'null':>7} {'skill':>7} {'bias':>7}"
+            f" {'rescaled':>9} {'skill':>7}"
+        )
+        for key in ("group", "source"):
+            errors = self.by(key)
+            if key == "source" and len(errors) == len(self.by("group")):
+                continue
+            for of in errors:
+                skills = (
+                    "" if math.isnan(skill) else f"{skill:+.2f}"
+                    for skill in (of.skill, of.scaled_skill)
+                )
+                own, rescaled = skills
+                lines.append(
+                    f"{of.name[:28]:28} {of.rows:4} {of.mape:7.1%} {of.null:7.1%} {own:>7} "
+                    f"{of.bias - 1:+7.1%} {of.scaled:9.1%} {rescaled:>7}"
+                )
+        if noise := self.noise():
+            lines.append(
+                f"noise: {len(noise)} plans published again differ by "
+                f"{statistics.median(noise):.1%} in the median, {max(noise):.1%} at most"
+            )
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.not_modelled.items():
+            reasons.setdefault(reason, []).append(name)
+        lines += [f"not modelled: {' '.join(names)}: {why}" for why, names in reasons.items()]
+        return "\n".join(lines)
+
 
 def source_error(name: str, compared: Sequence[Compared]) -> SourceError:
     """The errors of some rows, the null calibrated on these very rows."""
@@ -547,6 +604,15 @@ def source_error(name: str, compared: Sequence[Compared]) -> SourceError:
         null=statistics.fmean(abs(item.mfu / mfu - 1) for item in compared),
         scaled=statistics.fmean(abs(ratio / bias - 1) for ratio in ratios),
     )
+
+
+def compare_time(path: Path | str) -> TimeCheck:
+    """Predict the step time of every row of a file that has one.
+
+    Raises:
+        PlanError: The file cannot be read.
+    """
+    return check_time(read_rows(path))
 
 
 def check_time(rows: Iterable[Row]) -> TimeCheck:
