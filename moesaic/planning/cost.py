@@ -232,6 +232,8 @@ class Machine:
         if flops <= 0:
             return 0.0
         best = self.device.flash_efficiency[backward]
+        if not self.device.units:
+            return flops / (self.device.peak("fp32" if self.job.dtype == "fp32" else "bf16") * best)
         dtype = "fp32" if self.job.dtype == "fp32" else "bf16"
         # Narrow heads multiply less for each softmax: 64 reach some 0.75 of 128.
         narrow = min(1.0, 1.5 * head_dim / (head_dim + 64))

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from moesaic.errors import PlanError
 from moesaic.planning.cluster import ClusterSpec, read_cluster
-from moesaic.planning.cost import RECOMPUTE, default_stages, predict
+from moesaic.planning.cost import RECOMPUTE, default_stages, predict, rank_of
 from moesaic.planning.job import Job
 from moesaic.planning.memory import pipeline_memory
 from moesaic.planning.shape import (
@@ -232,7 +232,11 @@ def _setting(row: Row) -> Setting:
         framework="megatron",
         **(layout | choices),
     )
-    recompute = _recompute(row, shape, job)
+    if re.search(r"balanced|uneven|non-?uniform|per stage", (row.get("recompute") or "").lower()):
+        recompute = _fewest(shape, job, cluster)
+        notes.append("the fewest whole layers of each rank that must be computed again to fit")
+    else:
+        recompute = _recompute(row, shape, job)
     if not _is_stated(row) and (choice := _fitting(shape, job, cluster)) != "none":
         recompute = dict.fromkeys(recompute, choice)
         notes.append(f"recompute {choice}, which the row does not say, and less does not fit")
@@ -315,7 +319,7 @@ def _is_stated(row: Row) -> bool:
 def _fitting(shape: ModelShape, job: Job, cluster: ClusterSpec) -> str:
     """The least that all layers must compute again to fit; "none" if nothing fits either."""
     stages = default_stages(shape, job.stages)
-    most = cluster.device(0).memory_bytes
+    most = USABLE * cluster.device(0).memory_bytes
     for choice in RECOMPUTE:
         again = dict.fromkeys(range(len(shape.layers)), choice)
         if max(x.total for x in pipeline_memory(shape, job, stages, again)) <= most:
@@ -323,11 +327,43 @@ def _fitting(shape: ModelShape, job: Job, cluster: ClusterSpec) -> str:
     return "none"
 
 
+USABLE = 0.94
+"""Part of a device's memory that tensors can have. Ours: the driver's context, NCCL's buffers and
+fragments take 3 to 6 GB of 80."""
+
+
+def _fewest(shape: ModelShape, job: Job, cluster: ClusterSpec) -> dict[int | str, str]:
+    """Whole layers that each pipeline rank computes again, as few as fit."""
+    stages = default_stages(shape, job.stages)
+    most = USABLE * cluster.device(0).memory_bytes
+    found: dict[int | str, str] = {}
+    for place in range(job.pp):
+        units = [
+            unit
+            for stage, span in enumerate(stages)
+            if rank_of(stage, job) == place
+            for unit in range(*span)
+        ]
+        layers = sorted({(unit - 1) // 2 for unit in units} & set(range(len(shape.layers))))
+        for count in range(len(layers) + 1):
+            again: dict[int | str, str] = {
+                layer: "full" if number < count else "none" for number, layer in enumerate(layers)
+            }
+            kept = dict.fromkeys(range(len(shape.layers)), "none") | again
+            (ledger,) = pipeline_memory(shape, job, stages, kept, only=place)
+            if ledger.total <= most:
+                break
+        found |= again
+    return found
+
+
 def _recompute(row: Row, shape: ModelShape, job: Job) -> dict[int | str, str]:
     """What each unit computes again, by its name."""
     words = (row.get("recompute") or "").lower()
     if "not published" in words:
         raise NotModelledError("the recompute is not published")
+    if "ckpt" in words and not re.search(r"\bno\b|full", words):
+        raise NotModelledError(f"recompute {row['recompute']!r} is not stated by layer")
     attention, network = "none", "none"
     if "full" in words:
         attention = network = "full"
