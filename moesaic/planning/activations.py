@@ -128,7 +128,8 @@ class Megatron:
 
     again: frozenset[str] = frozenset()
     """What every layer computes again, in the words of `--recompute-modules`: core_attn, layernorm,
-    mlp, moe, moe_act, shared_experts, mla_up_proj; and `activation`, that of any network."""
+    mlp, moe, moe_act, shared_experts, mla_up_proj. Beside these `activation` and `norm`: those of
+    all networks, and all of them."""
 
     dropout: bool = False
     """A mask of one byte is kept where each half of a layer joins the residual."""
@@ -361,8 +362,12 @@ def _our_attention(hidden: int, shape: AttentionShape, held: Held) -> Activation
         + 2 * width * tokens * hidden
         + _weight_gradient(held, hidden * queries)
     )
+    # The queries' rotation: they, turned, both products and their sum in float32, beside what they
+    # are made from; keys, values and what comes of them are not there yet.
+    rotation = (20 if width == 2 else 16) * tokens * queries
+    forward = rotation - width * tokens * (queries + 2 * keys)
     deferred = width * (tokens * (queries + 2 * keys) + rows * hidden)
-    return Activations(tuple(parts), Peaks(8 * rows * hidden, backward, deferred))
+    return Activations(tuple(parts), Peaks(max(forward, 8 * rows * hidden), backward, deferred))
 
 
 def _our_dense(hidden: int, shape: DenseShape, held: Held) -> Activations:
@@ -485,10 +490,13 @@ def _our_head(shape: ModelShape, held: Held) -> Activations:
         Part("loss: gradient of its input", width * tokens * hidden, ALWAYS),
         Part("loss: gradient of its weight", 4 * vocab * hidden, ALWAYS),
     ]
-    # Logits, their log-probabilities in float32 and their gradient, of some tokens; the weight,
-    # rounded; the product that is added to its gradient.
-    logits = min(CHUNK, tokens) * vocab * (2 * width + 4)
-    weights = vocab * hidden * (2 * width if width == 2 else 4)
+    # Of one chunk: logits, the same in float32, their log-probabilities. Until these are there, the
+    # gradients of the chunk before stay, in float32 and narrow.
+    is_narrow = width == 2
+    logits = min(CHUNK, tokens) * vocab * (width + 4 + (4 if is_narrow else 0))
+    if tokens > CHUNK:
+        logits += CHUNK * vocab * (4 + (width if is_narrow else 0))
+    weights = width * vocab * hidden if is_narrow else 0
     backward = 4 * vocab * hidden + 2 * width * tokens * hidden
     return Activations(tuple(parts), Peaks(logits + weights, backward))
 
@@ -496,16 +504,19 @@ def _our_head(shape: ModelShape, held: Held) -> Activations:
 # --- megatron -----------------------------------------------------------------------------------
 
 
-def _norm(hidden: int, held: Held, kept: frozenset[str]) -> list[Part]:
+def _norm(
+    hidden: int, held: Held, kept: frozenset[str], *, again: Iterable[str] = ()
+) -> list[Part]:
+    """A norm and the residual before it; `again` are modules that take the norm with them."""
     rows = held.rows
-    parts = [
-        Part("residual", 2 * rows * hidden, kept),
-        Part("norm: inverse root", 4 * rows, kept),
-    ]
-    if "layernorm" not in held.means.megatron.again:
-        parts.append(Part("normed", 2 * rows * hidden, kept))
+    parts = [Part("residual", 2 * rows * hidden, kept)]
     if held.means.megatron.dropout:
         parts.append(Part("dropout's mask", rows * hidden, kept))
+    normed = [
+        Part("norm: inverse root", 4 * rows, kept),
+        Part("normed", 2 * rows * hidden, kept),
+    ]
+    _unless(held, ("norm", *again), normed, parts)
     return parts
 
 
@@ -519,7 +530,9 @@ def _attention(hidden: int, shape: AttentionShape, held: Held) -> Activations:
     heads, kv_heads = held.heads(shape)
     queries, values = heads * shape.score_dim, heads * shape.value_dim
     kept = NOT_ATTENTION
-    parts = _norm(hidden, held, kept)
+    # A norm that Transformer Engine fuses with the product after it is no module of its own.
+    alone = () if shape.kv_rank is None else ("layernorm",)
+    parts = _norm(hidden, held, kept, again=alone)
     if shape.kv_rank is None:
         keys_values = kv_heads * (shape.head_dim + shape.value_dim)
     else:
@@ -585,7 +598,7 @@ def _inside(
 def _dense(hidden: int, shape: DenseShape, held: Held) -> Activations:
     tokens, rows = held.tokens, held.rows
     columns = held.columns(shape.ffn_dim)
-    parts = _norm(hidden, held, UNLESS_FULL)
+    parts = _norm(hidden, held, UNLESS_FULL, again=("mlp",))
     again = _inside("", tokens, columns, shape.matrices_count, held, parts)
     parts.append(Part(INPUT, 2 * rows * hidden, WHEN_FULL))
     # The gradient of gate and up, while all that is kept still is but for the product, in whose
@@ -599,7 +612,7 @@ def _experts(hidden: int, shape: MoEShape, held: Held, routed: Routed) -> Activa
     tokens, rows = held.tokens, held.rows
     _, columns = held.experts(shape)
     copies = routed.computed
-    parts = _norm(hidden, held, UNLESS_FULL)
+    parts = _norm(hidden, held, UNLESS_FULL, again=("layernorm",))
     # Logits, scores and probabilities in float32; the map of who goes where.
     taken = [
         Part("router", (3 * 4 + 1) * rows * shape.experts),

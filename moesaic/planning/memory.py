@@ -294,8 +294,13 @@ def _activations(
 
 
 def _of_choice(found: Activations, choice: str) -> Kept:
-    transient = max(found.peaks.forward, found.again(choice) + found.peaks.backward)
-    return Kept(found.kept(choice), transient)
+    return Kept(found.kept(choice), max(found.peaks.forward, _backward(found, choice)))
+
+
+def _backward(found: Activations, choice: str) -> float:
+    """The worst moment of a backward pass, beyond what is kept; it may have a forward in it."""
+    again, peaks = found.again(choice), found.peaks
+    return again + (max(peaks.forward, peaks.backward) if again else peaks.backward)
 
 
 # --- One rank -----------------------------------------------------------------------------------
@@ -319,14 +324,13 @@ def _halves(first: Activations, second: Activations, choice: str) -> list[_Item]
         return [_item(first, choice), _item(second, choice, inside_layer=True)]
     kept = first.kept("full") + second.kept("full", inside_layer=True)
     again = first.kept() + second.kept() - kept
-    worst = max(second.peaks.backward, first.peaks.backward - second.kept())
+    worst = max(*second.peaks[:2], max(first.peaks[:2]) - second.kept())
     return [_Item(kept, max(first.peaks.forward, second.peaks.forward), again + worst)]
 
 
 def _item(found: Activations, choice: str, *, inside_layer: bool = False) -> _Item:
-    backward = found.again(choice) + found.peaks.backward
-    kept = found.kept(choice, inside_layer=inside_layer)
-    return _Item(kept, found.peaks.forward, backward, deferred=found.peaks.deferred)
+    kept, peaks = found.kept(choice, inside_layer=inside_layer), found.peaks
+    return _Item(kept, peaks.forward, _backward(found, choice), deferred=peaks.deferred)
 
 
 def _merged(items: Sequence[_Item]) -> _Item:

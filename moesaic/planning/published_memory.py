@@ -70,6 +70,14 @@ SETUPS = (
 """The first that fits is taken; none: Megatron-Core on Transformer Engine with its defaults."""
 
 
+OTHERS = {
+    r"torchtitan": "torchtitan shards with FSDP2 and reports what its allocator reserves",
+    r"mindspeed|mindformers|ascend": "another implementation, on Ascend",
+    r"deepspeed|galvatron|fsdp": "another implementation than Megatron",
+}
+"""Sources whose rows are of other software than what is modelled."""
+
+
 class MemoryRow(NamedTuple):
     """A published peak beside the predicted one."""
 
@@ -229,6 +237,9 @@ def _peak(text: str) -> tuple[float | None, float]:
 
 def _setup(row: Row) -> Setup:
     words = " ".join(row.get(key) or "" for key in ("group", "source", "url")).lower()
+    for sign, reason in OTHERS.items():
+        if re.search(sign, words):
+            raise NotModelledError(reason)
     for setup in SETUPS:
         if re.search(setup.sign, words):
             return setup
@@ -261,7 +272,7 @@ def _recompute(words: str) -> tuple[str, frozenset[str]]:
     words = words.lower()
     if "balanced ckpt" in words:
         # --kaimm-recompute-mlp-activation-func --kaimm-recompute-norm
-        return "none", frozenset({"activation", "layernorm"})
+        return "none", frozenset({"activation", "norm"})
     if "not published" in words:
         raise NotModelledError("the recompute is not published")
     if re.search(r"\b(no|none)\b", words) or not words.strip(" -"):
