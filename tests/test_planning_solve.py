@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import math
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +18,9 @@ import pytest
 
 from moesaic.errors import PlanError
 from moesaic.planning import chain, choose
+from moesaic.planning.halves import HalvedLayers
+from moesaic.planning.interleave import EqualLayers
+from moesaic.planning.row import Row
 from moesaic.planning.solve import Choice, Problem, Solution, Unit, near_optimal, shortage, solve
 
 NAMES = ("none", "moe_activations", "attention", "full")
@@ -184,6 +189,9 @@ def check_is_what_it_says(problem: Problem, solution: Solution) -> None:
     assert solution.bottleneck == max(solution.rank_seconds)
 
 
+VERDICTS = ("fits", "must recompute", "nothing fits")
+
+
 def check_is_best(problem: Problem) -> str:
     """Compare with brute force; whether all, some or no recompute fits."""
     expected = brute_force(problem)
@@ -311,11 +319,11 @@ def highs(problem: Problem) -> float:
     return float(result.fun) if result.status == 0 else math.inf
 
 
-def check_equals_highs(seed: int) -> str:
+def check_equals_highs(seed: int, *, layers: tuple[int, int]) -> str:
     rng = random.Random(seed)
     problem = random_problem(
         seed,
-        layers=rng.randint(12, 18),
+        layers=rng.randint(*layers),
         choices=rng.choice([3, 4]),
         ranks=rng.randint(4, 7),
         few_cuts=False,
@@ -332,12 +340,13 @@ def check_equals_highs(seed: int) -> str:
 
 
 def test_larger_problems_equal_highs():
-    assert Counter(check_equals_highs(seed) for seed in range(4))["must recompute"]
+    verdicts = Counter(check_equals_highs(seed, layers=(8, 10)) for seed in range(4))
+    assert verdicts["must recompute"] >= 2
 
 
 @pytest.mark.slow
 def test_40_larger_problems_equal_highs():
-    verdicts = Counter(check_equals_highs(seed) for seed in range(40))
+    verdicts = Counter(check_equals_highs(seed, layers=(12, 18)) for seed in range(40))
     assert verdicts["must recompute"] >= 15
 
 
@@ -395,17 +404,15 @@ def possible(make: Any, seeds: range, **kind: bool) -> Iterator[Problem]:
 
 @pytest.mark.parametrize("halves", [False, True], ids=["whole layers", "half layers"])
 def test_several_stages_a_rank_of_equal_layers_equal_brute_force(halves):
-    verdicts = Counter(map(check_is_best, possible(equal_problem, range(60), halves=halves)))
-    assert verdicts["must recompute"] >= 10
-    assert verdicts["nothing fits"] >= 5
-    assert verdicts["fits"] >= 5
+    verdicts = Counter(map(check_is_best, possible(equal_problem, range(20), halves=halves)))
+    assert min(verdicts[verdict] for verdict in VERDICTS) >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("halves", [False, True], ids=["whole layers", "half layers"])
 def test_several_stages_a_rank_of_300_problems_equal_brute_force(halves):
     verdicts = Counter(map(check_is_best, possible(equal_problem, range(300), halves=halves)))
-    assert min(verdicts.values()) >= 25
+    assert min(verdicts[verdict] for verdict in VERDICTS) >= 25
 
 
 def interleaved(seed: int) -> Problem:
@@ -423,21 +430,288 @@ def interleaved(seed: int) -> Problem:
     )
 
 
-def test_where_it_is_not_exact_the_optimum_lies_between_bound_and_answer():
-    gaps, found, nothing = [], 0, 0
-    for problem in possible(interleaved, range(60)):
+def gaps_of(seeds: range) -> list[float]:
+    """How far above the optimum answers are, where there is one; all above their bounds."""
+    gaps, missed = [], 0
+    for problem in possible(interleaved, seeds):
         best = brute_force(problem)
         try:
             solution = solve(problem)
         except PlanError:
-            nothing += best < math.inf
+            missed += best < math.inf
             continue
-        found += 1
         check_is_what_it_says(problem, solution)
         assert solution.bound <= best * (1 + 1e-12)
         gaps.append(solution.bottleneck / best - 1)
+    assert missed <= len(gaps) // 50
     assert min(gaps) > -1e-12
-    assert found >= 20
-    assert nothing <= found // 20
-    assert sorted(gaps)[len(gaps) // 2] == pytest.approx(0, abs=1e-12)
-    assert max(gaps) < 0.25
+    return gaps
+
+
+def test_where_it_is_not_exact_the_optimum_lies_between_bound_and_answer():
+    gaps = gaps_of(range(20))
+    assert len(gaps) >= 10
+    assert sorted(gaps)[len(gaps) // 2] < 1e-12
+
+
+@pytest.mark.slow
+def test_where_it_is_not_exact_most_answers_are_the_best_there_is():
+    gaps = gaps_of(range(300))
+    assert len(gaps) >= 200
+    assert sum(gap < 1e-12 for gap in gaps) >= 0.9 * len(gaps)
+    assert sum(gaps) <= 0.01 * len(gaps)
+
+
+# --- Models of real size -----------------------------------------------------------------------
+
+WHOLE = (
+    Choice("none", 0, 550e6),
+    Choice("moe_activations", 0.4, 430e6, 120e6),
+    Choice("attention", 0.9, 414e6, 136e6),
+    Choice("full", 3.3, 34e6, 520e6),
+)
+ATTENTION = (Choice("none", 0, 170e6), Choice("attention", 0.9, 34e6, 136e6))
+EXPERTS = (
+    Choice("none", 0, 380e6),
+    Choice("moe_activations", 0.4, 260e6, 120e6),
+    Choice("full", 2.4, 30e6, 350e6),
+)
+
+
+def model(layers: int, *, ranks: int, budget: float, turns: int = 1, halves: bool) -> Problem:
+    """Something like Skywork-MoE: bytes and milliseconds of one rank of a stage."""
+    alone = (Choice("none", 0, 10e6),)
+    units = [Unit("embedding", 0.1, 2e9, alone)]
+    for layer in range(layers):
+        units.append(Unit(f"{layer}.attention", 2.7, 140e6, ATTENTION))
+        units.append(Unit(f"{layer}.feed_forward", 7.3, 4330e6, EXPERTS))
+    units.append(Unit("head", 6.5, 2e9, alone))
+    stages = ranks * turns
+    return Problem(
+        units=tuple(units),
+        layers=dict.fromkeys(range(1, 2 * layers, 2), WHOLE),
+        cuts=frozenset(range(1, len(units), 1 if halves else 2)),
+        ranks=ranks,
+        interleave=turns,
+        in_flight=tuple((stages - s) / turns for s in range(stages)),
+        budgets=(budget,) * ranks,
+        speeds=(1.0,) * ranks,
+    )
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["whole layers", "half layers"])
+@pytest.mark.parametrize("gigabytes", [34, 36, 40, 44, 52, 80])
+def test_two_exact_ways_agree_on_52_layers_and_12_ranks(gigabytes, halves):
+    problem = model(52, ranks=12, budget=gigabytes * 1e9, halves=halves)
+    row = Row(problem)
+    equal = EqualLayers.of(row)
+    assert equal is not None
+    expected = HalvedLayers(equal).best().slowest() if halves else equal.slowest()
+    if expected == math.inf:
+        with pytest.raises(PlanError, match="needs at least"):
+            solve(problem)
+        return
+    solution = solve(problem)
+    check_is_what_it_says(problem, solution)
+    assert solution.bottleneck == pytest.approx(expected, rel=1e-12)
+
+
+def test_half_layers_and_less_memory_change_the_bottleneck_as_they_must():
+    def bottleneck(gigabytes: float, *, halves: bool) -> float:
+        return solve(model(52, ranks=12, budget=gigabytes * 1e9, halves=halves)).bottleneck
+
+    roomy, tight = bottleneck(80, halves=False), bottleneck(36, halves=False)
+    assert roomy == 50
+    assert tight > roomy
+    assert bottleneck(80, halves=True) < roomy
+    assert bottleneck(36, halves=True) <= tight
+
+
+def test_a_large_model_with_four_stages_a_rank_is_solved_exactly():
+    problem = model(128, ranks=16, turns=4, budget=60e9, halves=False)
+    solution = solve(problem)
+    check_is_what_it_says(problem, solution)
+    assert solution.bound == solution.bottleneck
+
+
+# --- What a solution is ------------------------------------------------------------------------
+
+
+def example(*, budget: float, in_flight: float = 2, cut: bool = True) -> Problem:
+    """One layer of two halves on one rank, or on two."""
+    attention = (Choice("none", 0, 10), Choice("attention", 3, 2, 8))
+    experts = (Choice("none", 0, 20), Choice("full", 5, 4, 16))
+    both = (Choice("none", 0, 30), Choice("attention", 3, 22, 8), Choice("full", 8, 2, 24))
+    return Problem(
+        units=(Unit("0.attention", 10, 100, attention), Unit("0.feed_forward", 20, 200, experts)),
+        layers={0: both},
+        cuts=frozenset({1} if cut else ()),
+        ranks=2 if cut else 1,
+        in_flight=(in_flight,) * (2 if cut else 1),
+        budgets=(budget,) * (2 if cut else 1),
+        speeds=(1.0,) * (2 if cut else 1),
+    )
+
+
+def test_a_whole_layer_has_choices_of_its_own_and_goes_by_its_number():
+    solution = solve(example(budget=352, cut=False))
+    assert solution.recompute == {0: "attention"}
+    assert solution.rank_bytes == (300 + 2 * 22 + 8,)
+    assert solution.bottleneck == 33
+
+
+def test_halves_of_a_cut_layer_have_their_choices_and_go_by_name():
+    solution = solve(example(budget=224))
+    assert solution.stages == ((0, 1), (1, 2))
+    assert solution.recompute == {"0.feed_forward": "full"}
+    assert solution.rank_seconds == (10, 25)
+    assert solution.rank_bytes == (120, 224)
+
+
+def test_only_the_largest_transient_counts():
+    again = (Choice("none", 0, 10), Choice("full", 1, 0, 10))
+    problem = Problem(
+        units=tuple(Unit(f"unit{number}", 1, 0, again) for number in range(3)),
+        layers={},
+        cuts=frozenset(),
+        ranks=1,
+        in_flight=(1,),
+        budgets=(10,),
+        speeds=(1.0,),
+    )
+    solution = solve(problem)
+    assert solution.rank_bytes == (10,)
+    assert solution.bottleneck == 6
+    with pytest.raises(
+        PlanError, match=r"rank 0 of the pipeline needs at least 10 bytes .* 9 bytes"
+    ):
+        solve(dataclasses.replace(problem, budgets=(9,)))
+
+
+def test_a_faster_rank_takes_more_and_a_smaller_one_keeps_less():
+    choices = (Choice("none", 0, 10), Choice("full", 1, 1))
+    problem = Problem(
+        units=tuple(Unit(f"unit{number}", 4, 10, choices) for number in range(12)),
+        layers={},
+        cuts=frozenset(range(1, 12)),
+        ranks=2,
+        in_flight=(2, 1),
+        budgets=(1000, 1000),
+        speeds=(1.0, 3.0),
+    )
+    assert [end - begin for begin, end in solve(problem).stages] == [3, 9]
+    small = dataclasses.replace(problem, budgets=(40, 1000))
+    assert [end - begin for begin, end in solve(small).stages] == [2, 10]
+    assert solve(small).recompute == {"unit0": "full", "unit1": "full"}
+
+
+def test_units_that_take_no_bytes_and_no_time_can_be_cut():
+    choices = (Choice("none", 0, 0), Choice("full", 0, 0))
+    for turns in (1, 2):
+        problem = Problem(
+            units=tuple(Unit(f"unit{number}", 0, 0, choices) for number in range(6)),
+            layers={},
+            cuts=frozenset(range(1, 6)),
+            ranks=2,
+            interleave=turns,
+            in_flight=(1,) * 2 * turns,
+            budgets=(0, 0),
+            speeds=(1.0, 1.0),
+        )
+        assert solve(problem).bottleneck == 0
+        assert solve(problem).recompute == {}
+
+
+def test_the_same_problem_has_the_same_solution():
+    for problem in (mixed(11), mixed(13), interleaved(5)):
+        copied = dataclasses.replace(
+            problem,
+            units=tuple(map(dataclasses.replace, problem.units)),
+            layers=dict(reversed(problem.layers.items())),
+        )
+        assert solve(copied) == solve(problem)
+        assert near_optimal(copied) == near_optimal(problem)
+
+
+# --- Layouts that are about as good ------------------------------------------------------------
+
+
+def all_near(problem: Problem, slack: float) -> dict[tuple, float]:
+    """Every layout whose bottleneck, with its cheapest recompute, is little above the least."""
+    found = {}
+    for cuts in itertools.combinations(sorted(problem.cuts), problem.stages - 1):
+        only = dataclasses.replace(problem, cuts=frozenset(cuts))
+        edges = [0, *cuts, len(problem.units)]
+        found[tuple(itertools.pairwise(edges))] = brute_force(only)
+    least = min(found.values())
+    return {stages: worst for stages, worst in found.items() if worst <= least * (1 + slack)}
+
+
+def test_near_optimal_layouts_are_distinct_and_take_what_they_say():
+    listed, possible_layouts = 0, 0
+    for seed in range(40):
+        problem = mixed(5 * seed + 2)
+        if brute_force(problem) == math.inf:
+            continue
+        expected = all_near(problem, 0.1)
+        solutions = near_optimal(problem, slack=0.1, limit=1000)
+        for solution in solutions:
+            check_is_what_it_says(problem, solution)
+            assert solution.bottleneck == pytest.approx(expected[solution.stages], rel=1e-12)
+        assert len({solution.stages for solution in solutions}) == len(solutions)
+        assert [s.bottleneck for s in solutions] == sorted(s.bottleneck for s in solutions)
+        assert solutions[0].bottleneck == solve(problem).bottleneck
+        listed += len(solutions)
+        possible_layouts += len(expected)
+    assert listed >= 0.8 * possible_layouts
+
+
+def test_no_more_layouts_are_listed_than_asked_for():
+    problem = model(52, ranks=12, budget=80e9, halves=True)
+    solutions = near_optimal(problem, slack=0.05, limit=20)
+    assert len(solutions) == 20
+    assert solutions[0] == solve(problem)
+
+
+# --- What cannot be ----------------------------------------------------------------------------
+
+
+def test_a_problem_that_does_not_fit_names_rank_and_bytes():
+    problem = model(52, ranks=12, budget=20e9, halves=True)
+    with pytest.raises(PlanError, match=r"rank \d+ of the pipeline needs at least .* GiB .* 18.63"):
+        solve(problem)
+    missing = shortage(problem)
+    assert missing is not None
+    assert missing.needed_bytes > missing.available_bytes == 20e9
+    roomy = dataclasses.replace(problem, budgets=(missing.needed_bytes,) * 12)
+    assert shortage(roomy) is None
+    assert solve(roomy).bottleneck > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cuts": frozenset({3})}, "need 12 stages, but the model can be cut into 2"),
+        ({"cuts": frozenset({400})}, "Cuts are unit numbers from 0 to 105"),
+        ({"budgets": (1.0,)}, "budgets has 1 values; give 12"),
+        ({"speeds": (0.0,) * 12}, "above 0"),
+        ({"in_flight": (0,) * 12}, "above 0"),
+        ({"v_shaped": True}, "V-shaped pipeline has 2 stages a rank, not 1"),
+        ({"ranks": 0}, "0 ranks"),
+        ({"layers": {1: WHOLE, 2: WHOLE}}, "Layers begin at units"),
+        ({"layers": {1: ()}}, "at least one choice"),
+        ({"layers": {1: (Choice("none", -1, 0),)}}, "negative"),
+        ({"units": (Unit("unit", 1, 0, WHOLE),) * 106}, "same name"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(change, message):
+    with pytest.raises(PlanError, match=message):
+        dataclasses.replace(model(52, ranks=12, budget=40e9, halves=True), **change)
+
+
+def test_the_solver_loads_neither_torch_nor_scipy():
+    code = "import sys, moesaic.planning.solve; print(*{'torch', 'scipy'} & set(sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.strip() == ""

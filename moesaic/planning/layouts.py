@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,11 +20,22 @@ from moesaic.planning.split import Span
 Edges = tuple[int, ...]
 """Where stages begin and the last one ends, as numbers of the row's positions."""
 
-MANY_STAGES = 40
-"""Above this, steps that only pass the slowest rank are not tried."""
-
 STRIDES = (1, 2)
 """Positions that a step moves: half layers and layers where layers may be cut in two."""
+
+
+SHAKES = ((0.01, 0.0), (0.003, 0.75))
+"""Runs of random steps: how much worse a step may be at the beginning, as a fraction, and the
+share of steps that are between neighbours."""
+
+STEPS = 10_000
+"""Random steps of a run; some 20,000 take a second of one core."""
+
+SHARPNESS = 24.0
+"""Power by which slow ranks count more than fast ones."""
+
+MISSING = 1e6
+"""Seconds that a layout counts for that does not fit."""
 
 
 class Score(NamedTuple):
@@ -101,14 +113,48 @@ class Layouts:
                 ((self.score(step), step) for step in self._giving(worst, edges)),
                 default=(score, edges),
             )
-            if best[0] >= score and len(edges) <= MANY_STAGES:
-                best = min(
-                    ((self.score(step), step) for step in self._passing(worst, edges)),
-                    default=(score, edges),
-                )
             if best[0] >= score:
                 return edges
             score, edges = best
+
+    def shake(self, edges: Edges) -> Edges:
+        """Take random steps, fewer and fewer of them for the worse; the best layout on the way.
+
+        The steps are the same in every run of the program.
+        """
+        rng = random.Random(0)
+        for warmth, near in SHAKES:
+            edges = self._shake(edges, rng, warmth, near)
+        return edges
+
+    def _shake(self, edges: Edges, rng: random.Random, warmth: float, near: float) -> Edges:
+        stages, unit = len(edges) - 1, self._energy(edges) or 1.0
+        at, energy = edges, 1.0
+        best, least = edges, self.score(edges)
+        for left in range(STEPS, 0, -1):
+            giver = rng.randrange(stages)
+            is_near = rng.random() < near
+            taker = giver + rng.choice((-1, 1)) if is_near else rng.randrange(stages)
+            step = _step(at, giver, taker, rng.choice(STRIDES)) if 0 <= taker < stages else None
+            if step is None:
+                continue
+            after = self._energy(step) / unit
+            if after <= energy or rng.random() < math.exp((energy - after) * STEPS / warmth / left):
+                at, energy = step, after
+                score = self.score(at)
+                if score < least:
+                    best, least = at, score
+        return best
+
+    def _energy(self, edges: Edges) -> float:
+        """One number for how slow the slowest ranks are, or how many bytes are missing."""
+        score = self.score(edges)
+        if score.lack > 0:
+            return MISSING * (1 + score.lack / math.fsum(map(abs, self.row.problem.budgets)))
+        top = score.seconds[0] or 1.0
+        return top * math.pow(
+            math.fsum((part / top) ** SHARPNESS for part in score.seconds), 1 / SHARPNESS
+        )
 
     def _giving(self, rank: int, edges: Edges) -> Iterator[Edges]:
         """Steps by which a stage of a rank gives units to a rank that stays faster, or fits."""
@@ -121,19 +167,6 @@ class Layouts:
                         step = _step(edges, giver, taker, stride)
                         if step and self.load(other, step).seconds < before:
                             yield step
-
-    def _passing(self, rank: int, edges: Edges) -> Iterator[Edges]:
-        """Steps by which a stage of a rank passes units on."""
-        before = self.load(rank, edges).seconds
-        for giver in range(len(edges) - 1):
-            for taker in range(len(edges) - 1):
-                passed = range(min(giver, taker), max(giver, taker) + 1)
-                if not any(self.rank_of[stage] == rank for stage in passed):
-                    continue
-                for stride in STRIDES:
-                    step = _step(edges, giver, taker, stride)
-                    if step and self.load(rank, step).seconds < before:
-                        yield step
 
     def near(self, seeds: Sequence[Edges], *, limit: float, count: int) -> list[Edges]:
         """Layouts of at most `limit` seconds a rank, reached from seeds by small steps, in turns.

@@ -125,6 +125,8 @@ class Problem:
             not unit.choices for unit in self.units
         ):
             raise PlanError("Every unit and layer needs at least one choice, the one of `none`.")
+        if len({unit.name for unit in self.units}) < count:
+            raise PlanError("Two units have the same name, by which a solution says what to do.")
         for unit in self.units:
             if unit.seconds < 0 or unit.state_bytes < 0:
                 raise PlanError(f"Unit {unit.name} has negative seconds or bytes.")

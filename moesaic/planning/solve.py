@@ -43,14 +43,18 @@ class _Found(NamedTuple):
     """None where the stages are proved to be the best."""
 
 
-def solve(problem: Problem) -> Solution:
+def solve(problem: Problem, *, quick: bool = False) -> Solution:
     """The stages with the least bottleneck, and the cheapest recompute that fits in each.
+
+    Args:
+        problem: What to cut, and what the ranks can hold.
+        quick: Where it is not exact, search for a tenth of the time.
 
     Raises:
         PlanError: Nothing fits, or nothing was found that fits.
     """
     row = Row(problem)
-    stages, bound = _find(row)
+    stages, bound = _find(row, quick=quick)
     return row.solution(stages, bound=bound)
 
 
@@ -71,7 +75,7 @@ def near_optimal(problem: Problem, *, slack: float = 0.01, limit: int = 64) -> l
         PlanError: Nothing fits, or nothing was found that fits.
     """
     row = Row(problem)
-    stages, bound = _find(row)
+    stages, bound = _find(row, quick=False)
     layouts = Layouts(row)
     best = layouts.edges(stages)
     fastest = layouts.score(best).seconds[0]
@@ -82,7 +86,7 @@ def near_optimal(problem: Problem, *, slack: float = 0.01, limit: int = 64) -> l
         chain = Chain(row)
         for weights in (ramp, ramp[::-1], peak):
             seeds.append(layouts.edges(chain.best_within(fastest, weights)))
-    known = fastest if bound is None else bound
+    known = row.solution(stages, bound=bound).bound
     near = layouts.near(
         list(dict.fromkeys(seeds)), limit=fastest * (1 + slack), count=max(1, limit)
     )
@@ -104,7 +108,7 @@ def shortage(problem: Problem) -> Shortage | None:
     return found if found.needed_bytes > found.available_bytes else None
 
 
-def _find(row: Row) -> _Found:
+def _find(row: Row, *, quick: bool) -> _Found:
     problem = row.problem
     if problem.interleave == 1:
         chain = Chain(row)
@@ -114,17 +118,17 @@ def _find(row: Row) -> _Found:
         return _Found(stages, None)
     equal = EqualLayers.of(row)
     if equal is None:
-        return _search(row, None, None)
+        return _search(row, None, None, quick=quick)
     if equal.is_all:
         return _proved(row, equal.best(), equal)
     if not equal.has_halves:
-        return _search(row, equal, equal.best())
+        return _search(row, equal, equal.best(), quick=quick)
     halved = HalvedLayers(equal)
     stages = halved.best().best()
     is_all = problem.cuts <= {0, *range(equal.first, equal.end + 1)}
     if halved.is_all and is_all and equal.count >= problem.stages:
         return _proved(row, stages, equal)
-    return _search(row, equal, stages)
+    return _search(row, equal, stages, quick=quick)
 
 
 def _proved(row: Row, stages: list[Span] | None, equal: EqualLayers) -> _Found:
@@ -133,12 +137,16 @@ def _proved(row: Row, stages: list[Span] | None, equal: EqualLayers) -> _Found:
     return _Found(stages, None)
 
 
-def _search(row: Row, equal: EqualLayers | None, stages: list[Span] | None) -> _Found:
+def _search(
+    row: Row, equal: EqualLayers | None, stages: list[Span] | None, *, quick: bool
+) -> _Found:
     """Improve layouts of simpler problems, and bound what any other could be."""
     layouts = Layouts(row)
     starts = [_one_stage_a_rank(row)] + ([] if stages is None else [stages])
-    improved = [layouts.improve(layouts.edges(start)) for start in starts]
-    score, edges = min((layouts.score(found), found) for found in improved)
+    found = [layouts.improve(layouts.edges(start)) for start in starts]
+    if not quick:
+        found.append(layouts.improve(layouts.shake(min(found, key=layouts.score))))
+    score, edges = min((layouts.score(edges), edges) for edges in found)
     stages = layouts.stages(edges)
     if score.seconds[0] == math.inf:
         raise _does_not_fit(_shortage(row, stages))
