@@ -1,8 +1,11 @@
 """Stages and recompute of a pipeline together, so that its slowest rank is as fast as can be.
 
-one stage a rank, any units                exact
-several stages a rank, equal layers        exact
-several stages a rank, any other units     a layout found step by step, and a lower bound
+    one stage a rank, any units                              exact
+    several stages a rank, equal layers, cut between them    exact
+    2 to 4 stages a rank, equal layers, cut anywhere         exact
+    several stages a rank, anything else                     a good layout, and a lower bound
+
+Other units may stand before and after equal layers, on the first stage and on the last.
 """
 
 from __future__ import annotations
@@ -95,45 +98,31 @@ def near_optimal(problem: Problem, *, slack: float = 0.01, limit: int = 64) -> l
 
 def shortage(problem: Problem) -> Shortage | None:
     """What is missing where nothing fits; None where something fits, or may."""
-    row = Row(problem)
-    if problem.interleave == 1:
-        stages = Chain(row).tightest()
-    else:
-        equal = EqualLayers.of(row)
-        stages = _one_stage_a_rank(row) if equal is None else equal.tightest()
-        if equal is None or not equal.is_all:
-            layouts = Layouts(row)
-            stages = layouts.stages(layouts.improve(layouts.edges(stages)))
-    found = _shortage(row, stages)
+    found = _shortage(Row(problem))
     return found if found.needed_bytes > found.available_bytes else None
 
 
 def _find(row: Row, *, quick: bool) -> _Found:
-    problem = row.problem
+    """The best stages, or good ones with a bound."""
+    problem, equal = row.problem, EqualLayers.of(row)
     if problem.interleave == 1:
-        chain = Chain(row)
-        stages = chain.best()
-        if stages is None:
-            raise _does_not_fit(_shortage(row, chain.tightest()))
-        return _Found(stages, None)
-    equal = EqualLayers.of(row)
+        return _proved(row, Chain(row).best())
     if equal is None:
         return _search(row, None, None, quick=quick)
     if equal.is_all:
-        return _proved(row, equal.best(), equal)
-    if not equal.has_halves:
+        return _proved(row, equal.best())
+    if not equal.has_halves or equal.count < problem.stages:
         return _search(row, equal, equal.best(), quick=quick)
     halved = HalvedLayers(equal)
     stages = halved.best().best()
-    is_all = problem.cuts <= {0, *range(equal.first, equal.end + 1)}
-    if halved.is_all and is_all and equal.count >= problem.stages:
-        return _proved(row, stages, equal)
+    if halved.is_all and problem.cuts <= {0, *range(equal.first, equal.end + 1)}:
+        return _proved(row, stages)
     return _search(row, equal, stages, quick=quick)
 
 
-def _proved(row: Row, stages: list[Span] | None, equal: EqualLayers) -> _Found:
+def _proved(row: Row, stages: list[Span] | None) -> _Found:
     if stages is None:
-        raise _does_not_fit(_shortage(row, equal.tightest()))
+        raise _does_not_fit(_shortage(row))
     return _Found(stages, None)
 
 
@@ -146,14 +135,15 @@ def _search(
     found = [layouts.improve(layouts.edges(start)) for start in starts]
     if not quick:
         found.append(layouts.improve(layouts.shake(min(found, key=layouts.score))))
-    score, edges = min((layouts.score(edges), edges) for edges in found)
-    stages = layouts.stages(edges)
-    if score.seconds[0] == math.inf:
-        raise _does_not_fit(_shortage(row, stages))
+    best = min(found, key=layouts.score)
+    if layouts.score(best).seconds[0] == math.inf:
+        best = layouts.improve(layouts.edges(_tight(row)))
+    if layouts.score(best).seconds[0] == math.inf:
+        raise _does_not_fit(_shortage(row))
     bound = max(linear_bound(row), _heaviest(row))
     if equal is not None:
         bound = max(bound, _equal_bound(equal))
-    return _Found(stages, bound * (1 - SLACK))
+    return _Found(layouts.stages(best), bound * (1 - SLACK))
 
 
 def _heaviest(row: Row) -> float:
@@ -198,8 +188,19 @@ def _one_stage_a_rank(row: Row) -> list[Span]:
     return chain.best() or chain.tightest()
 
 
-def _shortage(row: Row, stages: list[Span]) -> Shortage:
-    problem = row.problem
+def _tight(row: Row) -> list[Span]:
+    """The layout in which the rank that lacks most lacks the least; one near it for some units."""
+    if row.problem.interleave == 1:
+        return Chain(row).tightest()
+    equal, layouts = EqualLayers.of(row), Layouts(row)
+    stages = _one_stage_a_rank(row) if equal is None else equal.tightest()
+    if equal is not None and equal.is_all:
+        return stages
+    return layouts.stages(layouts.improve(layouts.edges(stages)))
+
+
+def _shortage(row: Row) -> Shortage:
+    problem, stages = row.problem, _tight(row)
     needs = [row.least_bytes(row.groups_of(rank, stages)) for rank in range(problem.ranks)]
     rank = max(range(problem.ranks), key=lambda rank: needs[rank] - problem.budgets[rank])
     return Shortage(rank, needs[rank], problem.budgets[rank])
@@ -207,8 +208,8 @@ def _shortage(row: Row, stages: list[Span]) -> Shortage:
 
 def _does_not_fit(found: Shortage) -> PlanError:
     return PlanError(
-        f"No layout was found that fits: in the tightest one, rank {found.rank} of the pipeline "
-        f"needs at least {_size(found.needed_bytes)} for its units and has "
+        f"No layout was found that fits: in one as tight as can be, rank {found.rank} of the "
+        f"pipeline needs at least {_size(found.needed_bytes)} for its units and has "
         f"{_size(found.available_bytes)}. Use more pipeline or tensor ranks, a smaller "
         f"micro-batch, zero, or a schedule with fewer micro-batches in flight."
     )
