@@ -8,11 +8,14 @@ dispatch holds counts although autograd does not know of it.
 from __future__ import annotations
 
 import importlib
+import json
+import tempfile
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,6 +109,47 @@ def saved_bytes(
     routing: RoutingConfig | None = None,
 ) -> Saved:
     """Run a step of this rank's part of a plan, and count; called on every rank of a world."""
+    model = _model(plan, spec, dtype)
+    batches = _batches(spec, sequence, micro_batch, micro_batches, documents)
+    watch = _Watch()
+    with _hooks(watch, model):
+        _step(model, batches, routing or RoutingConfig())
+    return watch.saved
+
+
+def allocated_bytes(
+    plan: TrainPlan,
+    spec: ModelSpec,
+    *,
+    sequence: int,
+    micro_batch: int,
+    micro_batches: int,
+    dtype: torch.dtype,
+) -> float:
+    """The most bytes of torch's allocator at once, from making this rank's model to a step's end.
+
+    There is no optimizer. Called on every rank of a world.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        model = _model(plan, spec, dtype)
+        batches = _batches(spec, sequence, micro_batch, micro_batches, False)
+        _step(model, batches, RoutingConfig())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    moments = sorted(
+        (event["ts"], event["args"]["Total Allocated"], event["args"]["Bytes"])
+        for event in events
+        if event.get("name") == "[memory]"
+    )
+    _, total, first = moments[0]
+    return float(max(total for _, total, _ in moments) - (total - first))
+
+
+def _model(plan: TrainPlan, spec: ModelSpec, dtype: torch.dtype) -> ShardedModel:
     world = World.join(fit(plan, spec), torch.device("cpu"))
     model = ShardedModel.build(world, compute_dtype=dtype, recompute=plan.recompute)
     generator = torch.Generator().manual_seed(world.rank)
@@ -116,15 +160,16 @@ def saved_bytes(
                     local_tensor(parameter).normal_(std=0.02, generator=generator)
                 else:
                     local_tensor(parameter).fill_(1)
-    watch = _Watch()
-    with _hooks(watch, model):
-        accumulate(
-            model,
-            _batches(spec, sequence, micro_batch, micro_batches, documents),
-            routing=routing or RoutingConfig(),
-            coefficients_L=torch.full((len(spec.moe_layers),), 0.01),
-        )
-    return watch.saved
+    return model
+
+
+def _step(model: ShardedModel, batches: list[Batch], routing: RoutingConfig) -> None:
+    accumulate(
+        model,
+        batches,
+        routing=routing,
+        coefficients_L=torch.full((len(model.spec.moe_layers),), 0.01),
+    )
 
 
 def _batches(

@@ -232,6 +232,11 @@ class Held:
             float(columns),
         )
 
+    @property
+    def shares_experts(self) -> bool:
+        """Whether FSDP gathers the experts' weights, which moesaic has it do rounded."""
+        return self.job.dp > 1 and self.job.expert_data_ranks > 1
+
     def gathers(self, shape: MoEShape) -> bool:
         """Whether every rank that shares the experts gets every row."""
         job = self.job
@@ -413,7 +418,7 @@ def _our_experts(hidden: int, shape: MoEShape, held: Held, routed: Routed) -> Ac
     backward = (
         width * copies * (2 * columns + 2 * hidden)
         + (4 + width) * copies * hidden
-        + 3 * 4 * experts * hidden * columns
+        + 3 * (width if held.shares_experts else 4) * experts * hidden * columns
     )
     forward = width * (copies * (hidden + columns) + tokens * hidden) + 4 * count * tokens
     return Activations(tuple(parts), Peaks(forward, backward, width * copies * hidden))
@@ -445,7 +450,7 @@ def _our_expert_rows(
     if held.width == 2:
         return [
             Part("rows of the experts", 2 * copies * hidden),
-            *_rounded(held, weights, NOT_INSIDE),
+            *_rounded(held, 0 if held.shares_experts else weights, NOT_INSIDE),
             Part("gate, its SiLU, up, product of the experts", 8 * copies * columns, NOT_INSIDE),
         ]
     return [

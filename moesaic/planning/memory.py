@@ -19,7 +19,6 @@ NCCL, and what the allocator cannot reuse. A budget must leave room for these.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -44,6 +43,9 @@ from moesaic.planning.split import Span
 GIB = 2**30
 
 MIB = 2**20
+
+SPLIT = ("zb1p", "zbv", "dualpipev")
+"""Schedules that find gradients of inputs and of weights in two passes."""
 
 PRODUCT_WORKSPACE = 32 * MIB
 """Of one stream's matrix products on Hopper and later: of PyTorch (`CUBLAS_WORKSPACE_CONFIG`'s
@@ -188,11 +190,12 @@ def _of_attention(shape: AttentionShape, hidden: int, held: Held) -> float:
 
 def states_of(job: Job, count: Count) -> States:
     """Bytes of the weights, gradients and optimizer of so many parameters."""
-    dense = _states(job, count.dense, job.dense_shards)
-    return dense.plus(_states(job, count.experts, job.expert_shards))
+    narrow = 4 if job.dtype == "fp32" else 2
+    dense = _states(job, count.dense, job.dense_shards, gathered=4)
+    return dense.plus(_states(job, count.experts, job.expert_shards, gathered=narrow))
 
 
-def _states(job: Job, parameters: float, shards: int) -> States:
+def _states(job: Job, parameters: float, shards: int, *, gathered: int) -> States:
     shards = 1 if job.zero == 0 else shards
     if job.framework == "megatron":
         weight, optimizer = (4, 8) if job.dtype == "fp32" else (2, 12)
@@ -201,10 +204,10 @@ def _states(job: Job, parameters: float, shards: int) -> States:
             parameters * job.gradient_bytes / (shards if job.zero > 1 else 1),
             parameters * optimizer / shards,
         )
-    gathered = 0 if job.zero == 3 or shards == 1 else 1
+    # FSDP keeps gathered weights beside this rank's part until the step's last backward pass.
+    whole = 0 if job.zero == 3 or shards == 1 else gathered
     return States(
-        # FSDP keeps gathered weights beside this rank's part until the step's last backward pass.
-        4 * parameters * (1 / shards + gathered),
+        parameters * (4 / shards + whole),
         4 * parameters / (shards if job.zero > 1 else 1),
         8 * parameters / shards,
     )
@@ -641,14 +644,29 @@ def _communication(shape: ModelShape, held: Held, units: Sequence[int]) -> float
     if job.pp > 1 and held.means.device == "cpu" and job.schedule not in ("gpipe", "1f1b"):
         # gloo keeps what was sent until the step is over.
         total += 2 * between * job.micro_batches * job.interleave
-    if max(job.dense_shards, job.expert_shards) > 1:
-        # FSDP gathers into one buffer a block, and reduces from another; from ZeRO-2 on the
-        # gradients of the block at work are whole, and with ZeRO-3 its weights and the next's.
-        counts = [count_parameters(shape, held, unit) for unit in units]
-        pairs = itertools.pairwise([*counts, Count()])
-        block = max(sum(map(sum, pair)) for pair in pairs)
-        buffers = 2 + (job.zero > 1) + 2 * (job.zero > 2)
-        total += 4 * block * buffers
+    counts = [count_parameters(shape, held, unit) for unit in units]
+    blocks = [_block(held, both) for both in zip(counts[::2], counts[1::2], strict=False)]
+    total += max(blocks, default=0.0)
+    if job.zero > 1 and job.schedule in SPLIT and job.pp > 1:
+        # Where gradients are found in two passes, those of a whole stage wait to be reduced.
+        whole = sum(4 * count.dense for count in counts if job.dense_shards > 1)
+        whole += sum(4 * count.experts for count in counts if job.expert_shards > 1)
+        total += whole / job.interleave
+    return total
+
+
+def _block(held: Held, halves: Sequence[Count]) -> float:
+    """What FSDP takes while it is at a block: two units, which need not be of one layer."""
+    job = held.job
+    dense = sum(count.dense for count in halves) if job.dense_shards > 1 else 0.0
+    experts = sum(count.experts for count in halves) if job.expert_shards > 1 else 0.0
+    # Gradients are copied to be reduced; from ZeRO-2 on they are whole only meanwhile, and with
+    # ZeRO-3 this block's weights are, and the next one's.
+    total = 4 * (dense + experts)
+    if job.zero > 1:
+        total += 4 * dense
+    if job.zero > 2:
+        total += 2 * (4 * dense + held.width * experts)
     return total
 
 
