@@ -558,16 +558,19 @@ def test_published_peaks_are_compared_and_the_rest_is_named(tmp_path: Path) -> N
     path = published(
         tmp_path,
         a_row("ran"),
-        a_row("full", recompute="full", TP="4"),
+        a_row("full", recompute="full ckpt offload alpha=0.0", TP="4"),
         a_row("out", peak_mem_GB="OOM(4GB)"),
         a_row("host", recompute="none offload alpha=0.5"),
         a_row("eight", precision="FP8"),
         a_row("silent", peak_mem_GB=""),
         a_row("odd", recompute="some of it"),
+        a_row("part", recompute="full 3 of 32 layers"),
+        a_row("large", peak_mem_GB="plenty"),
+        a_row("torn", TP="3"),
     )
     check = compare_memory(path)
     assert [row.name for row in check.rows] == ["ran", "full", "out"]
-    assert set(check.not_modelled) == {"host", "eight", "odd"}
+    assert set(check.not_modelled) == {"host", "eight", "odd", "part", "large", "torn"}
     assert check.rows[0].ledger.total > check.rows[1].ledger.total
     assert not check.called_a_fit
     (group,) = check.by_group()
@@ -580,6 +583,24 @@ def test_a_run_that_had_no_room_is_pointed_out_where_it_is_called_a_fit(tmp_path
     check = compare_memory(published(tmp_path, a_row("out", peak_mem_GB="OOM(800GB)")))
     assert [row.name for row in check.called_a_fit] == ["out"]
     assert "FITS?" in check.table()
+
+
+RECOMPUTED = {
+    "none": 1.0,
+    "full": 0.4,
+    "selective: mlp": 0.9,
+    "moe_act + layernorm": 1.0,  # there are no experts, and norms are no modules of their own
+}
+
+
+@pytest.mark.parametrize("words", RECOMPUTED)
+def test_what_a_row_recomputes_is_not_kept(tmp_path: Path, words: str) -> None:
+    rows = (a_row("kept", mbs="8"), a_row("again", mbs="8", recompute=words))
+    kept, again = (
+        sum(stage.bytes for stage in row.ledger.activations)
+        for row in compare_memory(published(tmp_path, *rows)).rows
+    )
+    assert again <= RECOMPUTED[words] * kept
 
 
 def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from moesaic.errors import PlanError
 from moesaic.planning.activations import Means, Megatron
+from moesaic.planning.cluster import read_cluster
 from moesaic.planning.cost import default_stages
 from moesaic.planning.job import Job
 from moesaic.planning.memory import Ledger, pipeline_memory
@@ -201,7 +202,7 @@ def compare_memory(path: Path | str) -> MemoryCheck:
 
 
 def _compare(row: Row, name: str) -> MemoryRow:
-    published, budget = _peak(row["peak_mem_GB"])
+    published, budget = _peak(row)
     setup = _setup(row)
     shape = shape_of_row(row)
     if setup.dense_layers is not None:
@@ -221,14 +222,14 @@ def _compare(row: Row, name: str) -> MemoryRow:
     return MemoryRow(name, group, published, budget, fullest, (*notes, setup.reason))
 
 
-def _peak(text: str) -> tuple[float | None, float]:
+def _peak(row: Row) -> tuple[float | None, float]:
     """Published bytes, and those of the device where it had too few."""
-    text = text.strip()
+    text = row["peak_mem_GB"].strip()
     if text.lower().startswith("oom"):
         match = re.search(r"([\d.]+)", text)
-        if match is None:
-            raise NotModelledError("ran out of memory of an unknown size")
-        return None, float(match[1]) * GB
+        if match is not None:
+            return None, float(match[1]) * GB
+        return None, read_cluster(f"1x{row['gpu'].strip()}").device(0).memory_bytes
     try:
         return float(text) * GB, 0.0
     except ValueError:
@@ -269,7 +270,7 @@ _SWITCHES = {
 
 def _recompute(words: str) -> tuple[str, frozenset[str]]:
     """What each layer recomputes, and modules that all of them do."""
-    words = words.lower()
+    words = re.sub(r",?\s*offload.*", "", words.lower())
     if "balanced ckpt" in words:
         # --kaimm-recompute-mlp-activation-func --kaimm-recompute-norm
         return "none", frozenset({"activation", "norm"})
@@ -280,7 +281,7 @@ def _recompute(words: str) -> tuple[str, frozenset[str]]:
     again = frozenset(name for sign, name in _SWITCHES.items() if re.search(sign, words))
     if again:
         return "none", again
-    if re.search(r"\bfull\b", words) and not re.search(r"\d", words):
+    if re.search(r"\bfull\b", words) and not re.search(r"\d+ ?(/|of|layers)|block|partial", words):
         return "full", again
     if "selective" in words:
         return "none", frozenset({"core_attn"})
