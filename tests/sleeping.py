@@ -7,10 +7,9 @@ pipelines are those that train; only the layers are others.
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,9 +28,6 @@ from tests.tiny import LLAMA
 
 UNIT = 0.02
 """Seconds of a layer's forward pass, of its gradient of the input, and of those of its weights."""
-
-TINY = 0.001
-"""The same where the cost of an action is to be seen: what a sleep takes too long belongs to it."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +84,10 @@ class Case:
             action_seconds=action_seconds,
         )
 
-    @property
-    def of_one_micro_batch(self) -> Case:
-        """One micro-batch alone, in which a rank never has anything else to do meanwhile."""
-        alone: dict[str, Schedule] = {"1f1b": "gpipe", "dualpipev": "zbv"}
-        schedule = alone.get(self.schedule, self.schedule)
-        return replace(self, schedule=schedule, micro_batches=1)
-
 
 EVEN = (1, 1, 1, 1)
 CASES = (
-    Case("gpipe", 4, 8, EVEN),
+    Case("gpipe", 4, 12, EVEN),
     Case("gpipe", 3, 6, (2, 1, 3)),
     Case("1f1b", 2, 6, (2, 1)),
     Case("1f1b", 3, 5, (2, 1, 2)),
@@ -139,11 +128,13 @@ class SleepingStage(nn.Module):
     def __init__(self, number: int, case: Case) -> None:
         super().__init__()
         self.again = case.again[number] if number < len(case.again) else 0
-        self.kept = case.layers[number] - self.again
+        self.layers = case.layers[number]
         self.number = number
         self.is_last = number == len(case.layers) - 1
         self.weight = nn.Parameter(torch.ones(()))
         self.unit = 0.0
+        self.owed = 0.0
+        """Seconds of what was computed again, for the backward pass to sleep."""
         self.log: list[tuple[str, int, int]] = []
         """What was done: its kind, the stage, the micro-batch."""
 
@@ -152,34 +143,35 @@ class SleepingStage(nn.Module):
         self.log.append(("F", self.number, number))
         if self.number == 0:
             x = x[..., None] * self.weight
-        x = _Sleep.apply(x, self.weight, self.kept * self.unit, self, number)
+        x = _Sleep.apply(x, self.weight, self, number)
         if self.again:
             x = checkpoint(self._compute_again, x, use_reentrant=False)
+            self.owed = 0.0
         return x.sum() if self.is_last else x
 
     def _compute_again(self, x: Tensor) -> Tensor:
-        return _Sleep.apply(x, self.weight, self.again * self.unit, None, 0)
+        self.owed += self.again * self.unit
+        return x * self.weight
 
 
 class _Sleep(torch.autograd.Function):
-    """Sleeps for as long as asked, as long for the gradient of x, and as long for that of w."""
+    """Sleeps a layer's time for each, as long for the gradient of x, and as long for that of w."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, seconds: float, stage: SleepingStage | None, number: int
-    ) -> Tensor:
-        ctx.seconds, ctx.stage, ctx.number = seconds, stage, number
-        time.sleep(seconds)
+    def forward(ctx: Any, x: Tensor, w: Tensor, stage: SleepingStage, number: int) -> Tensor:
+        ctx.stage, ctx.number = stage, number
+        time.sleep(stage.layers * stage.unit)
         return x * 1
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weights = wanted()
-        if ctx.stage is not None:
-            kind = "B" if inputs and weights else "I" if inputs else "W"
-            ctx.stage.log.append((kind, ctx.stage.number, ctx.number))
-        time.sleep(ctx.seconds * (inputs + weights))
-        return grad if inputs else None, grad.sum() if weights else None, None, None, None
+        stage: SleepingStage = ctx.stage
+        kind = "B" if inputs and weights else "I" if inputs else "W"
+        stage.log.append((kind, stage.number, ctx.number))
+        time.sleep(stage.layers * stage.unit * (inputs + weights) + stage.owed)
+        stage.owed = 0.0
+        return grad if inputs else None, grad.sum() if weights else None, None, None
 
 
 @dataclass(frozen=True)
@@ -223,16 +215,26 @@ Spans = list[tuple[float, float]]
 """When steps began and ended on one rank."""
 
 
+def yardstick(case: Case) -> Case:
+    """Equal stages under 1F1B, whose time is known: that of 3 * ranks - 1 forth and back.
+
+    For gpipe under gpipe, which takes as long. There all ranks wake at once, and on fewer cores
+    than ranks they then wait for each other.
+    """
+    schedule: Schedule = "gpipe" if case.schedule == "gpipe" else "1f1b"
+    return Case(schedule, case.ranks, 2 * case.ranks, (1,) * case.ranks)
+
+
 def sleep_through(
     cases: Mapping[str, Case], unit: float, steps: int
 ) -> dict[str, tuple[Spans, Spans]]:
-    """On every rank: the steps of each case, and those with one micro-batch alone."""
+    """On every rank: the steps of each case, and as many of its yardstick, by turns."""
+    known = {yard: Sleeper.join(yard) for yard in dict.fromkeys(map(yardstick, cases.values()))}
     found = {}
     for name, case in cases.items():
-        alone = Sleeper.join(case.of_one_micro_batch)
-        short = [alone.step(TINY) for _ in range(11)]
-        sleeper = Sleeper.join(case)
-        found[name] = ([sleeper.step(unit) for _ in range(steps)], short)
+        sleeper, other = Sleeper.join(case), known[yardstick(case)]
+        both = [(sleeper.step(unit), other.step(unit)) for _ in range(steps)]
+        found[name] = ([step for step, _ in both], [step for _, step in both])
     return found
 
 
@@ -244,13 +246,13 @@ class Comparison:
     measured: tuple[float, ...]
     """Seconds of each step."""
     action_seconds: float
-    """What an action costs that sleeps for nothing, measured with one micro-batch alone."""
+    """What an action takes beside sleeping, as the yardstick shows."""
     simulated: float
 
     @property
     def error(self) -> float:
-        """Of the simulation, against the middle one of the steps."""
-        return self.simulated / statistics.median(self.measured) - 1
+        """Of the simulation, against the fastest step: other work only makes ranks late."""
+        return self.simulated / min(self.measured) - 1
 
 
 PART = 6
@@ -269,10 +271,9 @@ def compare(cases: Sequence[Case], *, unit: float, steps: int) -> Iterator[Compa
 
 
 def _compared(case: Case, of_ranks: Sequence[tuple[Spans, Spans]], unit: float) -> Comparison:
-    alone = case.of_one_micro_batch
-    short = statistics.median(_lengths([spans for _, spans in of_ranks]))
-    actions = alone.simulate(0.0, action_seconds=1.0).seconds
-    cost = (short - alone.simulate(TINY).seconds) / actions
+    known = min(_lengths([spans for _, spans in of_ranks]))
+    forth_and_back = known / (3 * case.ranks - 1)
+    cost = (forth_and_back - 3 * unit) / 2
     return Comparison(
         case,
         tuple(_lengths([spans for spans, _ in of_ranks])),
