@@ -53,6 +53,9 @@ KINDS = {
 }
 """What a collective is for, by a word in the path of a function that leads to it."""
 
+EXCHANGES = ("torch/distributed/distributed_c10d", "parallel/mailbox")
+"""Where ranks exchange something, or wait for each other."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -201,7 +204,7 @@ def what_runs(thread: int) -> str | None:
     names = [name for _, name in paths]
     if "take_step" not in names:
         return None
-    if not any("torch/distributed/distributed_c10d" in path for path, _ in paths[:3]):
+    if not any(word in path for path, _ in paths[:4] for word in EXCHANGES):
         return "update" if "update" in names and "accumulate" not in names else "computing"
     for path, _ in paths:
         for word, kind in KINDS.items():

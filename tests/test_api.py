@@ -12,6 +12,8 @@ import moesaic
 VERBS = [
     "upcycle",
     "prepare",
+    "plan_train",
+    "plan_check",
     "train",
     "evaluate",
     "quantize",
@@ -22,15 +24,19 @@ VERBS = [
 ]
 
 
+def config_of(verb: str) -> str:
+    return "".join(word.capitalize() for word in verb.split("_")) + "Config"
+
+
 def test_the_public_names_are_these() -> None:
-    configs = [f"{verb.capitalize()}Config" for verb in VERBS]
+    configs = [config_of(verb) for verb in VERBS]
     assert set(moesaic.__all__) == {"MoesaicError", "__version__", "load_model", *VERBS, *configs}
     assert dir(moesaic) == sorted(moesaic.__all__)
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_takes_its_config_and_returns_a_dict(verb: str) -> None:
-    config = getattr(moesaic, f"{verb.capitalize()}Config")
+    config = getattr(moesaic, config_of(verb))
     assert dataclasses.is_dataclass(config)
     assert config.__dataclass_params__.frozen
     signature = inspect.signature(getattr(moesaic, verb), eval_str=True)

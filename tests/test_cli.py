@@ -39,7 +39,7 @@ def test_help_is_printed_and_loads_no_torch(verb):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_offers_json_and_explains_every_flag(verb, capsys):
-    assert run([verb, "--help"]) == 0
+    assert run([*verb.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert "--json" in text
     assert "not given" not in text

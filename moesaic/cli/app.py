@@ -24,6 +24,8 @@ from moesaic.version import __version__
 VERBS = {
     "upcycle": "Turn a dense model into a mixture of experts, with a proof.",
     "prepare": "Turn text into training data.",
+    "plan train": "Find the fastest legal layout for training on a cluster.",
+    "plan check": "Hold the planner's predictions against published runs.",
     "train": "Train a model, dense or mixture of experts.",
     "evaluate": "Measure held-out loss and perplexity.",
     "quantize": "Shrink a model to FP8.",
@@ -33,6 +35,9 @@ VERBS = {
     "demo": "Run the whole path on a small real model.",
 }
 """What `moesaic --help` says of each verb, so that it need not import any."""
+
+GROUPS = {"plan": "Choose a layout before any GPU is rented."}
+"""What it says of verbs that have words of their own."""
 
 
 def app() -> App:
@@ -44,8 +49,14 @@ def app() -> App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for name, summary in VERBS.items():
-        moesaic.command(f"moesaic.cli.{name}:{name}", name=name, help=summary)
+    groups: dict[str, App] = {}
+    for words, summary in VERBS.items():
+        module, _, name = words.partition(" ")
+        if name and module not in groups:
+            groups[module] = App(name=module, help=GROUPS[module], result_action="return_value")
+            moesaic.command(groups[module])
+        home = groups.get(module, moesaic)
+        home.command(f"moesaic.cli.{module}:{name or module}", name=name or module, help=summary)
     return moesaic
 
 

@@ -771,6 +771,7 @@ def predict(
     stages: Sequence[Span] | None = None,
     recompute: Mapping[int | str, str] | str = "none",
     table: MeasuredTable | None = None,
+    is_shortened: bool = False,
 ) -> Prediction:
     """Seconds of a step.
 
@@ -781,6 +782,7 @@ def predict(
         stages: Units of each stage; None: `default_stages`.
         recompute: By layer or by unit name, or one choice for all layers.
         table: What was measured.
+        is_shortened: Simulate a long step's beginning and end, and count what lies between.
 
     Raises:
         PlanError: The cluster is too small, or the stages do not belong to the model.
@@ -807,9 +809,8 @@ def predict(
                 costs[key] = unit_costs(shape, job, cluster, rank=rank, table=table)
             found.append(_stage_seconds(costs[key], span, recompute))
         seconds.append(max(found, key=_whole))
-    machine = Machine.of(cluster, job)
-    send = _send(machine, shape) if job.pp > 1 else 0.0
-    pipeline, ends, is_bound = _pipeline(job, seconds, send)
+    send = send_seconds(shape, job, cluster)
+    pipeline, ends, is_bound = pipeline_seconds(job, seconds, send, is_shortened=is_shortened)
     finish, gathered, optimizer = _finish(shape, job, cluster, stages, owners, seconds, ends)
     total = finish + gathered + optimizer + STEP_SECONDS
     return Prediction(
@@ -822,9 +823,11 @@ def predict(
     )
 
 
-def _send(machine: Machine, shape: ModelShape) -> float:
+def send_seconds(shape: ModelShape, job: Job, cluster: ClusterSpec) -> float:
     """Seconds of a stage's result on its way to the next."""
-    job = machine.job
+    if job.pp == 1:
+        return 0.0
+    machine = Machine.of(cluster, job)
     elements = job.tokens * shape.hidden
     if job.framework == "moesaic" and not job.sequence_parallel:
         return machine.send(machine.width * elements, job.stage_ranks)
@@ -870,13 +873,23 @@ def _whole(stage: StageSeconds) -> float:
     return stage.forward + stage.input_gradient + stage.weight_gradient + stage.recompute
 
 
-def _pipeline(
-    job: Job, seconds: Sequence[StageSeconds], send: float
-) -> tuple[float, list[float], bool]:
-    """Seconds of all passes, when each pipeline rank is done, and whether it is only a bound."""
+class PipelineSeconds(NamedTuple):
+    """How long all passes of a step take."""
+
+    seconds: float
+    ends: list[float]
+    """When each pipeline rank is done."""
+    is_bound: bool
+    """Whether it is only the upper bound (m - 1) max + sum."""
+
+
+def pipeline_seconds(
+    job: Job, seconds: Sequence[StageSeconds], send: float, *, is_shortened: bool = False
+) -> PipelineSeconds:
+    """All passes of a step over stages of these seconds; `is_shortened` as in `predict`."""
     if job.pp == 1:
-        one = sum(map(_whole, seconds))
-        return one * job.micro_batches, [one * job.micro_batches], False
+        one = sum(map(_whole, seconds)) * job.micro_batches
+        return PipelineSeconds(one, [one], False)
     # With few micro-batches 1F1B fills and drains as gpipe does.
     schedule = job.schedule
     can = can_run(schedule, job.micro_batches, ranks=job.pp, stages=job.stages)
@@ -887,14 +900,22 @@ def _pipeline(
         for stage, of in enumerate(seconds):
             rank[rank_of(stage, job)] += _whole(of)
         bound = (job.micro_batches - 1) * max(rank) + sum(rank) / job.interleave
-        return bound, [bound] * job.pp, True
-    line = simulate(
-        schedule, seconds, ranks=job.pp, micro_batches=job.micro_batches, send_seconds=send
-    )
-    ends = [0.0] * job.pp
-    for done in line.done:
-        ends[done.rank] = max(ends[done.rank], done.end)
-    return line.seconds, ends, False
+        return PipelineSeconds(bound, [bound] * job.pp, True)
+
+    def ends(micro_batches: int) -> list[float]:
+        line = simulate(
+            schedule, seconds, ranks=job.pp, micro_batches=micro_batches, send_seconds=send
+        )
+        return list(line.ends)
+
+    if is_shortened and schedule != "gpipe" and job.micro_batches > 6 * job.stages:
+        # Once the pipeline is full, each micro-batch more takes as long as the one before.
+        fewer, more = ends(3 * job.stages), ends(4 * job.stages)
+        rounds = (job.micro_batches - 4 * job.stages) / job.stages
+        found = [late + rounds * (late - early) for early, late in zip(fewer, more, strict=True)]
+    else:
+        found = ends(job.micro_batches)
+    return PipelineSeconds(max(found), found, False)
 
 
 def _finish(

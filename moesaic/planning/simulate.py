@@ -98,6 +98,11 @@ class Timeline:
         return tuple(found)
 
     @functools.cached_property
+    def ends(self) -> tuple[float, ...]:
+        """When each rank has done its last action."""
+        return tuple(self._moments[steps[-1][1]] for steps in self._program.steps)
+
+    @functools.cached_property
     def in_flight(self) -> tuple[int, ...]:
         """The most micro-batches of which each stage keeps activations at once."""
         return _most_in_flight([[action for action, _ in steps] for steps in self._steps])
