@@ -584,12 +584,12 @@ def _one_by_one(stage: int, ranks: int, micro_batches: int) -> Iterator[Action]:
 
 def _few_micro_batches(job: Job, stages: int) -> int:
     """Fewer micro-batches with the same peaks: a pipeline that is full stays so."""
-    enough = 4 * max(job.pp, stages)
-    if job.schedule == "gpipe" or job.micro_batches <= 2 * enough:
+    enough = 2 * stages
+    if job.schedule == "gpipe" or job.micro_batches <= enough:
         return job.micro_batches
     if job.schedule in ("interleaved", "zb1p") and job.micro_batches % job.pp:
         return job.micro_batches
-    return enough - enough % job.pp
+    return enough
 
 
 @functools.lru_cache(maxsize=64)
@@ -629,6 +629,19 @@ def _passing(shape: ModelShape, held: Held, stage: int, stages: int) -> float:
     return ((stage > 0) + (stage < stages - 1)) * held.width * held.rows * shape.hidden
 
 
+def _counts(shape: ModelShape, held: Held, units: Sequence[int]) -> list[Count]:
+    """Parameters of each unit; layers of one kind are counted once."""
+    known: dict[tuple[object, int], Count] = {}
+    found = []
+    for unit in units:
+        is_layer = 0 < unit < 2 * len(shape.layers) + 1
+        key = (id(shape.layers[(unit - 1) // 2]), unit % 2) if is_layer else (None, unit)
+        if key not in known:
+            known[key] = count_parameters(shape, held, unit)
+        found.append(known[key])
+    return found
+
+
 def _communication(shape: ModelShape, held: Held, units: Sequence[int]) -> float:
     job = held.job
     between = held.width * held.rows * shape.hidden
@@ -644,7 +657,7 @@ def _communication(shape: ModelShape, held: Held, units: Sequence[int]) -> float
     if job.pp > 1 and held.means.device == "cpu" and job.schedule not in ("gpipe", "1f1b"):
         # gloo keeps what was sent until the step is over.
         total += 2 * between * job.micro_batches * job.interleave
-    counts = [count_parameters(shape, held, unit) for unit in units]
+    counts = _counts(shape, held, units)
     blocks = [_block(held, both) for both in zip(counts[::2], counts[1::2], strict=False)]
     total += max(blocks, default=0.0)
     if job.zero > 1 and job.schedule in SPLIT and job.pp > 1:

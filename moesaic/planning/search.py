@@ -5,9 +5,8 @@
     inner choices    the cut into stages and what each layer recomputes: `solve`, then the
                      simulator ranks the layouts that are nearly as good
 
-No step is shorter than the work of its micro-batches dealt evenly over the ranks, so combinations
-are tried from the least such bound upwards, until the next one's bound is above what was found.
-What is not tried is thereby known to be slower.
+No step is shorter than the work of its micro-batches dealt evenly over the ranks, and no rank holds
+less than its share of the half layers. What is not tried is known to be slower by such a bound.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ INTERLEAVES = (2, 3, 4)
 UNBOUNDED = 1e30
 """Bytes that nothing exceeds."""
 
-EXTRA = 3
+EXTRA = 1
 """Answers looked at more closely beside those asked for."""
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "moe_activations", "attention", "full")
@@ -222,18 +221,21 @@ def search(question: Question, *, count: int = 5) -> Found:
     if not jobs:
         raise PlanError(_nothing_legal(question))
     work = Work(question)
-    ranked = sorted((work.least_seconds(job), number) for number, job in enumerate(jobs))
+    # What is likely to be fast comes first, so that the rest is soon known to be slower.
+    likely = sorted(
+        range(len(jobs)), key=lambda number: (work.likely_seconds(jobs[number]), number)
+    )
     # A few more than are asked for: cutting layers in two may change their order.
     wanted = count + EXTRA
     answers: list[Answer] = []
     refusals: list[Refusal] = []
     free: set[Job] = set()
     tried = 0
-    for bound, number in ranked:
+    for number in likely:
         job = jobs[number]
         limit = answers[wanted - 1].seconds if len(answers) >= wanted else math.inf
-        if bound > limit:
-            break
+        if work.least_seconds(job) > limit:
+            continue
         tried += 1
         # To share more is only slower where nothing was recomputed for want of memory.
         if job.zero > 1 and job.replace(zero=1) in free:
@@ -364,9 +366,31 @@ class Work:
         the last. The least that the largest of these can be is W / (1 - (1 - 1/m)^p).
         """
         m, whole, speeds = job.micro_batches, self.whole(job), sum(self.speeds(job))
+        least = m * max(whole / speeds, self._fullest(job))
         if job.interleave > 1 or job.pp == 1 or job.schedule not in ("1f1b", "gpipe"):
-            return m * whole / speeds
-        return whole * job.pp / speeds / (1 - (1 - 1 / m) ** job.pp)
+            return least
+        return max(least, whole * job.pp / speeds / (1 - (1 - 1 / m) ** job.pp))
+
+    def likely_seconds(self, job: Job) -> float:
+        """What a step may take: its work, and the schedule's filling over equal stages."""
+        filling = {"interleaved": 1 / job.interleave, "zb1p": 1 / 3, "zbv": 0.1, "dualpipev": 0.3}
+        fill = (job.pp - 1) * filling.get(job.schedule, 1.0)
+        return (job.micro_batches + fill) * self.whole(job) / sum(self.speeds(job))
+
+    def _fullest(self, job: Job) -> float:
+        """Seconds of the half layers that some rank has at least, of one micro-batch.
+
+        In a stage the halves take turns, so with v stages a rank has at most v of one kind more.
+        """
+        if not self.question.cluster.is_uniform:
+            return 0.0
+        costs = self.costs(job)[1:-1]
+        halves = -(-len(costs) // job.pp)
+        cheap, dear = sorted(
+            (min(c.seconds for c in costs[::2]), min(c.seconds for c in costs[1::2]))
+        )
+        of_cheap = min(halves, (halves + job.interleave) // 2)
+        return of_cheap * cheap + (halves - of_cheap) * dear
 
     def bytes_of(self, job: Job) -> tuple[tuple[UnitMemory, ...], Sequence[Mapping[Any, Kept]]]:
         """As `unit_memory` and `layer_memory`, of a model with one layer of each kind."""
@@ -380,14 +404,11 @@ class Work:
         return self._kept[key]
 
     def fixed(self, job: Job) -> list[float]:
-        """As `fixed_memory`, of each pipeline rank; all but the ends as the one in the middle."""
+        """As `fixed_memory`, of each pipeline rank; all but the first as the one in the middle."""
         if job not in self._fixed:
             shape, means = self.question.shape, self.question.means
             stages, middle = _any_stages(shape, job), job.pp // 2
-            found = {
-                place: fixed_memory(shape, job, stages, place, means)
-                for place in {0, middle, job.pp - 1}
-            }
+            found = {place: fixed_memory(shape, job, stages, place, means) for place in {0, middle}}
             self._fixed[job] = [found.get(place, found[middle]) for place in range(job.pp)]
         return self._fixed[job]
 
@@ -497,7 +518,7 @@ class Work:
             raise PlanError(f"All pipeline ranks together need at least {least / 2**30:.1f} GiB.")
         # What belongs to no unit depends on the stages, which are not known before.
         for _ in range(6):
-            solution = solve(problem)
+            solution = solve(problem, quick=job.interleave > 1 or limit < math.inf)
             if job.micro_batches * solution.bottleneck > limit:
                 return None
             found = self.evaluated(job, solution)

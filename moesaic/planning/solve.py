@@ -51,7 +51,8 @@ def solve(problem: Problem, *, quick: bool = False) -> Solution:
 
     Args:
         problem: What to cut, and what the ranks can hold.
-        quick: Where it is not exact, search for a tenth of the time.
+        quick: Where it is not exact, search for a tenth of the time; where nothing fits, do not
+            say what lacks.
 
     Raises:
         PlanError: Nothing fits, or nothing was found that fits.
@@ -106,23 +107,23 @@ def _find(row: Row, *, quick: bool) -> _Found:
     """The best stages, or good ones with a bound."""
     problem, equal = row.problem, EqualLayers.of(row)
     if problem.interleave == 1:
-        return _proved(row, Chain(row).best())
+        return _proved(row, Chain(row).best(), quick=quick)
     if equal is None:
         return _search(row, None, None, quick=quick)
     if equal.is_all:
-        return _proved(row, equal.best())
+        return _proved(row, equal.best(), quick=quick)
     if not equal.has_halves or equal.count < problem.stages:
         return _search(row, equal, equal.best(), quick=quick)
     halved = HalvedLayers(equal)
     stages = halved.best().best()
     if halved.is_all and problem.cuts <= {0, *range(equal.first, equal.end + 1)}:
-        return _proved(row, stages)
+        return _proved(row, stages, quick=quick)
     return _search(row, equal, stages, quick=quick)
 
 
-def _proved(row: Row, stages: list[Span] | None) -> _Found:
+def _proved(row: Row, stages: list[Span] | None, *, quick: bool) -> _Found:
     if stages is None:
-        raise _does_not_fit(_shortage(row))
+        raise PlanError("Nothing fits.") if quick else _does_not_fit(_shortage(row))
     return _Found(stages, None)
 
 
@@ -139,7 +140,7 @@ def _search(
     if layouts.score(best).seconds[0] == math.inf:
         best = layouts.improve(layouts.edges(_tight(row)))
     if layouts.score(best).seconds[0] == math.inf:
-        raise _does_not_fit(_shortage(row))
+        raise PlanError("Nothing fits.") if quick else _does_not_fit(_shortage(row))
     bound = max(linear_bound(row), _heaviest(row))
     if equal is not None:
         bound = max(bound, _equal_bound(equal))
