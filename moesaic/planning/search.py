@@ -381,9 +381,12 @@ class Work:
         """Seconds of the half layers that some rank has at least, of one micro-batch.
 
         In a stage the halves take turns, so with v stages a rank has at most v of one kind more.
+        With several stages a rank layers are whole, as `answer` has them.
         """
         if not self.question.cluster.is_uniform:
             return 0.0
+        if len(self._kinds) == 1 and (job.interleave > 1 or not self.question.half_layers):
+            return self._fullest_of_whole(job)
         costs = self.costs(job)[1:-1]
         halves = -(-len(costs) // job.pp)
         cheap, dear = sorted(
@@ -391,6 +394,22 @@ class Work:
         )
         of_cheap = min(halves, (halves + job.interleave) // 2)
         return of_cheap * cheap + (halves - of_cheap) * dear
+
+    def _fullest_of_whole(self, job: Job) -> float:
+        """The same where layers stay whole and are all alike: the best way to deal them out."""
+        costs = self.costs(job)
+        layer, count = costs[1].seconds + costs[2].seconds, len(self.question.shape.layers)
+        ends = [0.0] * job.pp
+        ends[0] += costs[0].seconds
+        ends[owner(job.stages - 1, job)] += costs[-1].seconds
+        # The slowest rank has some whole layers, with or without an end.
+        for layers in range(count // job.pp, count + 1):
+            for more in sorted(set(ends)):
+                slowest = layers * layer + more
+                room = sum(int((slowest - end) / layer + 1e-9) for end in ends if end <= slowest)
+                if room >= count:
+                    return slowest
+        return 0.0
 
     def bytes_of(self, job: Job) -> tuple[tuple[UnitMemory, ...], Sequence[Mapping[Any, Kept]]]:
         """As `unit_memory` and `layer_memory`, of a model with one layer of each kind."""
