@@ -43,6 +43,21 @@ def rows() -> Iterator[tuple[str, str, str]]:
         f"{ratios}; {copy['upcycle_anonymous_bytes'] / 1e9:.2f} GB of memory",
         "upcycle_speed",
     )
+    ranks = _result("ranks")
+    yield (
+        f"2 ranks of 1 thread against 1 rank of 2 on the demo's MoE, {ranks['tokens_a_step']:,} "
+        f"tokens a step: EDP, FSDP, data ranks with experts over them",
+        ", ".join(f"{ranks['ratio'][name]:.2f}" for name in ("edp", "dp", "ep")),
+        "ranks",
+    )
+    cases = _result("pipeline_simulation")
+    yield (
+        # One of them is what the cost of an action is taken from.
+        f"simulated step of {len(cases['cases']) - 1} pipelines against real ones, of sleeping "
+        f"stages",
+        f"at most {cases['largest_error']:.1%} off",
+        "pipeline_simulation",
+    )
 
 
 def table() -> str:
