@@ -23,7 +23,15 @@ from moesaic.errors import PlanError
 from moesaic.planning.cost import default_stages, pipeline_seconds, send_seconds
 from moesaic.planning.plan import Recompute
 from moesaic.planning.problem import Problem
-from moesaic.planning.search import RECOMPUTE, Answer, Question, Work, evaluate, owner
+from moesaic.planning.search import (
+    RECOMPUTE,
+    Answer,
+    Question,
+    Work,
+    evaluate,
+    owner,
+    refined,
+)
 from moesaic.planning.simulate import StageSeconds
 from moesaic.planning.solve import solve
 from moesaic.planning.split import Span
@@ -148,9 +156,9 @@ class Gain(NamedTuple):
     """Of each device, all of it to fill."""
     flags: float
     """First and last stage of a length of their own, the others alike, and one number of layers
-    that every stage recomputes in full: what Megatron's flags can say."""
+    of which every stage recomputes the same: what Megatron's flags can say."""
     free: float
-    """Any whole layers on any stage, and one such number."""
+    """Any whole layers on any stage, and one such number and choice."""
     whole: float
     """This solver with whole layers."""
     halves: float
@@ -185,7 +193,7 @@ def _gain(answer: Answer, budget: float) -> Gain:
         asked = dataclasses.replace(question, half_layers=halves)
         try:
             solved = Work(asked).answer(job)
-            found.append(math.inf if solved is None else solved.seconds)
+            found.append(math.inf if solved is None else refined(solved).seconds)
         except PlanError:
             found.append(math.inf)
     return Gain(budget, *found)
@@ -229,26 +237,43 @@ def _best(
     problem: Problem,
 ) -> float:
     """Seconds of the best layout, of those given or of all, with one count of recomputed layers."""
-    job, layers = answer.job, len(question.shape.layers)
+    layers = len(question.shape.layers)
     given = None if layouts is None else list(layouts)
     best = math.inf
-    for count in range(layers + 1):
-        tried: list[list[int]] = []
-        if given is None:
-            free = _free_layout(problem, layers, count)
-            tried = [] if free is None else [free]
-        else:
-            tried = [sizes for sizes in given if _all_fit(problem, sizes, count)]
-        ranked = sorted(tried, key=lambda sizes: _slowest(problem, sizes, count))
-        for sizes in ranked[:3]:
-            stages = _stages_of_sizes(sizes, layers)
-            recompute: dict[int | str, Recompute] = {}
-            for start, size in _starts(sizes):
-                recompute |= dict.fromkeys(range(start, start + min(count, size)), "full")
-            best = min(best, evaluate(question, job, stages, recompute, is_shortened=True).seconds)
-        if tried and count >= max(max(sizes) for sizes in tried):
-            break
+    for choice in range(1, len(question.recompute)):
+        for count in range(layers + 1):
+            rule = _Rule(choice, count)
+            tried: list[list[int]] = []
+            if given is None:
+                free = _free_layout(problem, layers, rule)
+                tried = [] if free is None else [free]
+            else:
+                tried = [sizes for sizes in given if _all_fit(problem, sizes, rule)]
+            tried.sort(key=lambda sizes: _slowest(problem, sizes, rule))
+            for sizes in tried[:3]:
+                best = min(best, _seconds_of(question, answer, sizes, rule))
+            if tried and count >= max(max(sizes) for sizes in tried):
+                break
     return best
+
+
+def _seconds_of(question: Question, answer: Answer, sizes: Sequence[int], rule: _Rule) -> float:
+    """Of a step with these layers on the stages."""
+    kind = question.recompute[rule.choice]
+    recompute: dict[int | str, Recompute] = {}
+    for start, size in _starts(sizes):
+        recompute |= dict.fromkeys(range(start, start + min(rule.layers, size)), kind)
+    stages = _stages_of_sizes(sizes, len(question.shape.layers))
+    return evaluate(question, answer.job, stages, recompute, is_shortened=True).seconds
+
+
+class _Rule(NamedTuple):
+    """What every stage recomputes alike."""
+
+    choice: int
+    """Which of the question's, from 1."""
+    layers: int
+    """Of how many of its first layers."""
 
 
 def _starts(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -266,8 +291,8 @@ def _stages_of_sizes(sizes: Sequence[int], layers: int) -> tuple[Span, ...]:
     return tuple(itertools.pairwise(edges))
 
 
-def _span(problem: Problem, place: int, start: int, size: int, count: int) -> _Span:
-    """What a stage of whole layers takes that recomputes its first `count` in full."""
+def _span(problem: Problem, place: int, start: int, size: int, rule: _Rule) -> _Span:
+    """What a stage of whole layers takes under a rule."""
     seconds = state = kept = transient = 0.0
     units = problem.units
     last = (len(units) - 2) // 2
@@ -280,7 +305,7 @@ def _span(problem: Problem, place: int, start: int, size: int, count: int) -> _S
     for number in range(size):
         first = 1 + 2 * (start + number)
         choices = problem.layers[first]
-        choice = choices[-1] if number < count else choices[0]
+        choice = choices[rule.choice] if number < rule.layers else choices[0]
         seconds += units[first].seconds + units[first + 1].seconds + choice.seconds
         state += units[first].state_bytes + units[first + 1].state_bytes
         kept += choice.kept_bytes
@@ -290,21 +315,21 @@ def _span(problem: Problem, place: int, start: int, size: int, count: int) -> _S
     )
 
 
-def _all_fit(problem: Problem, sizes: Sequence[int], count: int) -> bool:
+def _all_fit(problem: Problem, sizes: Sequence[int], rule: _Rule) -> bool:
     return all(
-        _span(problem, place, start, size, count).bytes <= problem.budgets[place]
+        _span(problem, place, start, size, rule).bytes <= problem.budgets[place]
         for place, (start, size) in enumerate(_starts(sizes))
     )
 
 
-def _slowest(problem: Problem, sizes: Sequence[int], count: int) -> float:
+def _slowest(problem: Problem, sizes: Sequence[int], rule: _Rule) -> float:
     return max(
-        _span(problem, place, start, size, count).seconds
+        _span(problem, place, start, size, rule).seconds
         for place, (start, size) in enumerate(_starts(sizes))
     )
 
 
-def _free_layout(problem: Problem, layers: int, count: int) -> list[int] | None:
+def _free_layout(problem: Problem, layers: int, rule: _Rule) -> list[int] | None:
     """Whole layers with the least bottleneck, by dynamic programming; None if nothing fits."""
     ranks = problem.ranks
     best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
@@ -315,7 +340,7 @@ def _free_layout(problem: Problem, layers: int, count: int) -> list[int] | None:
             for end in range(start + 1, layers - left + 1):
                 if left == 0 and end != layers:
                     continue
-                span = _span(problem, place, start, end - start, count)
+                span = _span(problem, place, start, end - start, rule)
                 if span.bytes > problem.budgets[place]:
                     break
                 worst = max(slowest, span.seconds)
