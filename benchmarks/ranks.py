@@ -148,6 +148,8 @@ def run(scratch: Path, name: str, arguments: argparse.Namespace) -> dict[str, ob
     if status:
         raise SystemExit(f"{name} ended with status {status}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if len(lines) < config.steps:
+        raise SystemExit(f"{name} was stopped after {len(lines)} of {config.steps} steps")
     ranks_file = folder / "ranks.jsonl"
     ranks = (
         json.loads(ranks_file.read_text().splitlines()[-1])["ranks"] if ranks_file.exists() else []

@@ -185,7 +185,8 @@ class _Box:
             if now - looked > _SUSPICIOUS_AFTER:
                 looked = now
                 if not _lives(self.process) and self._table[1] < number:
-                    raise RuntimeError(f"Process {self.process} of this group is gone.")
+                    # The watch takes what speaks of a connection for another rank's end.
+                    raise RuntimeError(f"The connection to process {self.process} is lost.")
 
     def look(self, rank: int, number: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """What lies here for `rank`."""
