@@ -445,8 +445,11 @@ class Watch:
 
 
 def is_of_a_connection(error: BaseException) -> bool:
-    """Whether it may be only what another rank's end looks like from here."""
-    return bool(_OF_A_CONNECTION.search(str(error)))
+    """Whether it, or what it was raised from, may be only what another rank's end looks like."""
+    found: BaseException | None = error
+    while found is not None and not _OF_A_CONNECTION.search(str(found)):
+        found = found.__cause__
+    return found is not None
 
 
 def how_far(step: int | None, doing: str) -> str:
