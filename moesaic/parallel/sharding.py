@@ -82,7 +82,10 @@ def share(
 
 
 class _Buffers(Comm):
-    """Memory that FSDP asks for before it communicates."""
+    """Memory that FSDP asks for before it communicates, and the ranks it does that with."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
@@ -92,9 +95,6 @@ class _Buffers(Comm):
 
 class _Gather(_Buffers, AllGather):
     """How FSDP gathers weights on CPUs: as all else here; gloo's way takes twice as long."""
-
-    def __init__(self, group: Group) -> None:
-        self._group = group
 
     def __call__(
         self,
@@ -108,9 +108,6 @@ class _Gather(_Buffers, AllGather):
 
 class _ScatterSum(_Buffers, ReduceScatter):
     """How FSDP adds gradients up on CPUs: gloo's way is an all-reduce."""
-
-    def __init__(self, group: Group) -> None:
-        self._group = group
 
     def __call__(
         self,
