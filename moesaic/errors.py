@@ -6,7 +6,8 @@
     ├── PlanError       a plan that cannot be carried out, or not with this model
     ├── FolderError     a folder or file on disk is missing, damaged, taken, or cannot be written
     ├── DataError       text that cannot become training data
-    └── TrainingError   a run that must not go on, such as a loss that is not finite
+    ├── TrainingError   a run that must not go on, such as a loss that is not finite
+    └── ServingError    a server that must not go on, such as one that has lost a rank
 
 The message is one line: what is wrong, the numbers, what to do. The command line prints
 it without a traceback and exits with the class's `exit_status`.
@@ -43,5 +44,11 @@ class DataError(MoesaicError):
 
 class TrainingError(MoesaicError):
     """A run that must not go on. Its last good state is on disk."""
+
+    exit_status = 3
+
+
+class ServingError(MoesaicError):
+    """A server or executor that must not go on, because it could answer wrongly."""
 
     exit_status = 3
