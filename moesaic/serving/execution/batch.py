@@ -83,16 +83,17 @@ class Batch:
         assert self.num_tokens <= max_tokens, f"{self.num_tokens=}, {max_tokens=}"
         written: set[int] = set()
         for chunk in self.chunks:
-            assert chunk.tokens and chunk.start >= 0, f"{chunk=}"
-            assert chunk.end <= spec.max_positions, f"{chunk.end=}, {spec.max_positions=}"
+            assert 0 <= chunk.start < chunk.end <= spec.max_positions, (
+                f"{chunk.start=}, {chunk.end=}"
+            )
             assert 0 <= chunk.logits <= len(chunk.tokens), f"{chunk.logits=}, {len(chunk.tokens)=}"
-            assert min(chunk.tokens) >= 0 and max(chunk.tokens) < spec.vocab_size, f"{chunk=}"
-            needed = -(-chunk.end // block_tokens)
-            assert len(chunk.blocks) >= needed, f"{len(chunk.blocks)=}, {needed=}"
-            used = chunk.blocks[:needed]
-            assert min(used) >= 0 and max(used) < num_blocks, f"{chunk.blocks=}, {num_blocks=}"
+            lowest, highest = min(chunk.tokens), max(chunk.tokens)
+            assert 0 <= lowest <= highest < spec.vocab_size, f"{lowest=}, {highest=}"
+            used = chunk.blocks[: -(-chunk.end // block_tokens)]
+            assert len(used) * block_tokens >= chunk.end, f"{len(used)=} blocks, {chunk.end=}"
+            assert 0 <= min(used) <= max(used) < num_blocks, f"{used=}, {num_blocks=}"
             mine = set(used[chunk.start // block_tokens :])
-            assert not mine & written, f"two chunks write block {mine & written}"
+            assert not mine & written, f"two chunks write {mine & written}"
             written |= mine
 
 
