@@ -7,7 +7,8 @@
     ├── FolderError     a folder or file on disk is missing, damaged, taken, or cannot be written
     ├── DataError       text that cannot become training data
     ├── TrainingError   a run that must not go on, such as a loss that is not finite
-    └── ServingError    a server that must not go on, such as one that has lost a rank
+    ├── ServingError    a server that must not go on, such as one that has lost a rank
+    └── Unavailable     a request that is not taken now: too many wait, or the server is ending
 
 The message is one line: what is wrong, the numbers, what to do. The command line prints
 it without a traceback and exits with the class's `exit_status`.
@@ -52,3 +53,7 @@ class ServingError(MoesaicError):
     """A server or executor that must not go on, because it could answer wrongly."""
 
     exit_status = 3
+
+
+class Unavailable(MoesaicError):
+    """A request that is not taken now, though later or elsewhere it might be."""

@@ -1,27 +1,52 @@
-"""How text is generated. Nothing here loads torch."""
+"""What is asked of a served model, and what its engine may use. Nothing here loads torch."""
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moesaic.errors import ConfigError
 
 LEAST_DIVISOR = 1e-6
 """Scores divided by less might overflow float32, and infinite ones have no probabilities."""
 
+MOST_PENALTY = 100.0
+"""Far more than the distance between any two scores; beyond it arithmetic ends, not repetition."""
+
+MOST_TOP_LOGPROBS = 100
+"""More are no use to anybody and are bought with time."""
+
+DType = Literal["bfloat16", "float32"]
+Weights = Literal["auto", "float32", "bfloat16", "float8", "int8"]
+KVCache = Literal["auto", "float32", "bfloat16", "float8"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How the next token is chosen, and when to stop.
 
-    Scores pass through these in the order of the fields, as in Hugging Face's `generate`.
+    Scores pass through these in the order of the fields; those that Hugging Face's `generate` has
+    too do what they do there.
     """
 
     repetition_penalty: float = 1.0
     """Divides the score, or multiplies a negative one, of every token seen so far; 1 is off."""
+
+    frequency_penalty: float = 0.0
+    """Subtracted from the score of a token each time it was chosen; 0 is off."""
+
+    presence_penalty: float = 0.0
+    """Subtracted from the score of every token that was chosen at all; 0 is off."""
+
+    regex: str | None = None
+    """Only answers that match this regular expression as a whole."""
+
+    json_schema: str | None = None
+    """Only answers that are JSON of this schema."""
 
     temperature: float = 0.0
     """Divides the scores before the softmax; 0 takes the likeliest token every time."""
@@ -44,6 +69,14 @@ class SamplingConfig:
     stop: tuple[str, ...] = ()
     """Stop where one of these texts appears; it is not part of the answer."""
 
+    stop_token_ids: tuple[int, ...] = ()
+    """Stop at one of these tokens; it is not part of the answer."""
+
+    ignore_eos: bool = False
+    """Take the model's own end tokens for text like any other."""
+
+    _least_new_tokens: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         if not (self.temperature == 0 or LEAST_DIVISOR <= self.temperature < math.inf):
             raise ConfigError(
@@ -60,10 +93,176 @@ class SamplingConfig:
                 f"repetition_penalty is {self.repetition_penalty}. Choose from {LEAST_DIVISOR:g} "
                 f"to {1 / LEAST_DIVISOR:g}; 1 is off."
             )
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}. Ask for at least 1.")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not abs(getattr(self, name)) <= MOST_PENALTY:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}. Choose from {-MOST_PENALTY:g} to "
+                    f"{MOST_PENALTY:g}; 0 is off."
+                )
+        if self.max_new_tokens < self._least_new_tokens:
+            raise ConfigError(
+                f"max_new_tokens is {self.max_new_tokens}. Ask for at least "
+                f"{self._least_new_tokens}."
+            )
         if "" in self.stop:
             raise ConfigError("A stop text is empty, so every answer would be. Leave it out.")
+        self._check_grammar()
+
+    def _check_grammar(self) -> None:
+        if self.regex is not None and self.json_schema is not None:
+            raise ConfigError("Both regex and json_schema are given. Choose one.")
+        if self.json_schema is not None:
+            try:
+                json.loads(self.json_schema)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"json_schema is not JSON: {error}.") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestConfig(SamplingConfig):
+    """All that one request may ask of the engine."""
+
+    n: int = 1
+    """Answers to the prompt. Answer i > 0 is drawn from a seed made of `seed` and i."""
+
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the scores of these tokens, after the penalties and before the grammar."""
+
+    logprobs: bool = False
+    """Give the log probability of every chosen token, and its text and bytes."""
+
+    top_logprobs: int = 0
+    """With logprobs, give this many likeliest tokens beside each."""
+
+    prompt_logprobs: bool = False
+    """Give log probabilities, and `top_logprobs`, of the prompt's tokens too. Their prompt is
+    computed anew, whatever the cache holds. max_new_tokens may then be 0."""
+
+    experts: bool = False
+    """Say which experts of each layer worked where a token was chosen."""
+
+    embedding: Literal["none", "last", "mean"] = "none"
+    """Instead of an answer give the model's normed hidden state after the last token, or the mean
+    over all."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_logprobs or self.embedding != "none":
+            object.__setattr__(self, "_least_new_tokens", 0)
+        super().__post_init__()
+        if self.n < 1:
+            raise ConfigError(f"n is {self.n}. Ask for at least 1 answer.")
+        if not 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS:
+            raise ConfigError(
+                f"top_logprobs is {self.top_logprobs}. Choose from 0 to {MOST_TOP_LOGPROBS}."
+            )
+        if self.top_logprobs and not (self.logprobs or self.prompt_logprobs):
+            raise ConfigError("top_logprobs is given without logprobs. Ask for both.")
+        for token, bias in self.logit_bias.items():
+            if not abs(bias) <= MOST_PENALTY:
+                raise ConfigError(
+                    f"The logit_bias of token {token} is {bias}. Choose from {-MOST_PENALTY:g} "
+                    f"to {MOST_PENALTY:g}."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """A model to serve, and what it may take. Every default is Moesaic's own choice."""
+
+    model: Path
+    """Hugging Face folder with a tokenizer, dense or MoE, 16-bit or 8-bit."""
+
+    plan: Path | None = None
+    """What `moesaic plan serve` wrote; none: one rank."""
+
+    dtype: DType = "bfloat16"
+    """Of activations, and of weights that are not stored in 8 bits."""
+
+    weights: Weights = "auto"
+    """What matrices are stored in while serving; auto: 8-bit where the folder has them so, else as
+    dtype. Ours alone, where there is a plan, if it agrees."""
+
+    kv_cache: KVCache = "auto"
+    """What keys and values are stored in; auto: as dtype."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+
+    implementation: Literal["auto", "torch", "native"] = "auto"
+    """Whose kernels: torch's, or Moesaic's own; auto: our own where they can be built."""
+
+    max_sequences: int = 32
+    """Answers that are computed at the same time; more wait."""
+
+    max_step_tokens: int = 512
+    """Tokens that go through the model in one step. More makes long prompts faster, fewer makes
+    answers that run beside them steadier."""
+
+    max_waiting: int = 256
+    """Answers that may wait; a request beyond that is not taken."""
+
+    max_context: int | None = None
+    """Tokens of prompt and answer together; none: as many as the model was made for."""
+
+    kv_tokens: int | None = None
+    """Tokens that the cache holds, over all answers; none: as many as max_sequences answers of
+    max_context need, if memory_gib allows."""
+
+    memory_gib: float | None = None
+    """What weights and cache may take, on each rank; none: half of what is free now."""
+
+    block_tokens: int = 16
+    """Tokens in one block of the cache; prompts share whole blocks."""
+
+    prefix_cache: bool = True
+    """Keep blocks of ended answers for prompts that begin alike."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "max_step_tokens", "max_context", "kv_tokens"):
+            self._check_count(name, 1)
+        self._check_count("max_waiting", 0)
+        self._check_count("block_tokens", 1)
+        if self.max_step_tokens < self.max_sequences:
+            raise ConfigError(
+                f"max_step_tokens is {self.max_step_tokens}, but each of max_sequences "
+                f"{self.max_sequences} answers takes one token a step. Raise the one or lower "
+                f"the other."
+            )
+        if self.memory_gib is not None and not 0 < self.memory_gib < math.inf:
+            raise ConfigError(f"memory_gib is {self.memory_gib}. Choose above 0.")
+
+    def _check_count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}. Choose {least} or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(SamplingConfig):
+    """One prompt for one model."""
+
+    model: Path
+    """Hugging Face folder with a tokenizer, dense or MoE, 16-bit or 8-bit."""
+
+    prompt: str
+    """What the model is asked."""
+
+    system: str | None = None
+    """System message for the chat template; none leaves the template's own."""
+
+    raw: bool = False
+    """Continue the prompt as it stands, without the chat template."""
+
+    dtype: DType = "bfloat16"
+    """Of activations, and of weights that are not stored in 8 bits."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.raw and self.system is not None:
+            raise ConfigError("raw leaves out the chat template, so system has no place. Drop one.")
         self._refuse_what_greedy_ignores()
 
     def _refuse_what_greedy_ignores(self) -> None:
@@ -75,31 +274,3 @@ class SamplingConfig:
                     f"{name} is {getattr(self, name)}, but temperature 0 always takes the "
                     f"likeliest token. Set a temperature such as 0.7, or leave {name} out."
                 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig(SamplingConfig):
-    """One prompt for one model."""
-
-    model: Path
-    """Hugging Face folder with a tokenizer, dense or MoE, 16-bit or FP8."""
-
-    prompt: str
-    """What the model is asked."""
-
-    system: str | None = None
-    """System message for the chat template; none leaves the template's own."""
-
-    raw: bool = False
-    """Continue the prompt as it stands, without the chat template."""
-
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights and activations. FP8 weights are widened to it while loading."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.raw and self.system is not None:
-            raise ConfigError("raw leaves out the chat template, so system has no place. Drop one.")
