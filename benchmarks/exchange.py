@@ -102,7 +102,7 @@ def rank_main(rank: int, tp: int, port: int, rounds: int, results) -> None:  # n
     import torch
     import torch.distributed as dist
 
-    from moesaic.training.memory import reused_memory
+    from moesaic.memory import reused_memory
 
     torch.set_num_threads(1)
     size = DATA_RANKS * tp

@@ -124,7 +124,7 @@ def run_child(what: str, folder: str, steps: str, precision: str = "", experts: 
     """One measurement; its last line on stdout is a JSON object."""
     import torch
 
-    from moesaic.training.memory import reused_memory
+    from moesaic.memory import reused_memory
 
     torch.set_num_threads(THREADS)
     scratch = Path(folder)
@@ -188,8 +188,9 @@ def moesaic_step(folder: Path, dtype, _experts: str) -> Callable:  # noqa: ANN00
     from moesaic.data.batches import Batch
     from moesaic.model.build import load_model
     from moesaic.moe.config import RoutingConfig
+    from moesaic.parallel.gradients import gradient_norm, update
     from moesaic.training.config import OptimizerConfig
-    from moesaic.training.optimizer import build_optimizer, gradient_norm, update
+    from moesaic.training.optimizer import build_optimizer
     from moesaic.training.sharded import ShardedModel
     from moesaic.training.step import accumulate
 

@@ -13,13 +13,14 @@ from moesaic.checkpoint.pieces import Held, parameter_names
 from moesaic.data.batches import Batch
 from moesaic.moe.balance import AdaptiveCoefficient
 from moesaic.moe.config import RoutingConfig
+from moesaic.parallel.gradients import gradient_norm, update
 from moesaic.parallel.world import World
 from moesaic.planning.layout import fit
 from moesaic.planning.plan import Splits, Stage, TrainPlan
 from moesaic.planning.split import Split
 from moesaic.spec import ModelSpec, MoESpec
 from moesaic.training.config import OptimizerConfig
-from moesaic.training.optimizer import build_optimizer, gradient_norm, set_learning_rate, update
+from moesaic.training.optimizer import build_optimizer, set_learning_rate
 from moesaic.training.sharded import ShardedModel
 from moesaic.training.step import accumulate, balance
 from tests.tiny import randomize

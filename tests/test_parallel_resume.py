@@ -12,14 +12,13 @@ import torch
 from moesaic.checkpoint.pieces import Held, whole_piece
 from moesaic.checkpoint.training_state import newest, save_state
 from moesaic.moe.balance import AdaptiveCoefficient
+from moesaic.parallel.gradients import gradient_norm, update
 from moesaic.planning.plan import TrainPlan
 from moesaic.training.config import OptimizerConfig
 from moesaic.training.optimizer import (
     build_optimizer,
-    gradient_norm,
     moments,
     set_learning_rate,
-    update,
 )
 from moesaic.training.sharded import ShardedModel
 from tests.layouts import DROPPING, SKYWORK, Case, controller, halves, one_step, plan, sgd, sharded

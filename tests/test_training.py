@@ -23,6 +23,7 @@ from moesaic.errors import ConfigError, FolderError, TrainingError
 from moesaic.moe.balance import AdaptiveCoefficient
 from moesaic.moe.config import RoutingConfig
 from moesaic.moe.layer import MoELayer
+from moesaic.parallel.gradients import gradient_norm, update
 from moesaic.quantizing.config import QuantizeConfig
 from moesaic.quantizing.quantize import quantize
 from moesaic.spec import MoESpec
@@ -36,9 +37,7 @@ from moesaic.training.config import (
 from moesaic.training.optimizer import (
     build_optimizer,
     frozen_names,
-    gradient_norm,
     set_learning_rate,
-    update,
 )
 from moesaic.training.schedule import ScheduleConfig
 from moesaic.training.sharded import ShardedModel

@@ -11,7 +11,7 @@ import pytest
 REUSE = """
 import json, resource, torch
 from pathlib import Path
-from moesaic.training.memory import reused_memory
+from moesaic.memory import reused_memory
 
 def faults_of_a_step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -30,20 +30,22 @@ from moesaic.data.tokenfolder import TokenFolder
 from moesaic.errors import ConfigError, PlanError
 from moesaic.evaluation.similarity import expert_similarity
 from moesaic.files import write_text_atomic
+from moesaic.memory import reused_memory
 from moesaic.model.build import save_model
 from moesaic.moe.balance import AdaptiveCoefficient
 from moesaic.moe.statistics import RoutingStatistics
 from moesaic.parallel.agreement import all_do, first_does
+from moesaic.parallel.gradients import gradient_norm, update
 from moesaic.parallel.join import Needs, joined
 from moesaic.parallel.watch import Watch
 from moesaic.parallel.world import World
 from moesaic.planning.layout import Layout, fit
 from moesaic.planning.plan import Recompute, TrainPlan
 from moesaic.planning.schedules import check_micro_batches
+from moesaic.quantization.compressed import IN_WORDS, quantization_of
 from moesaic.spec import ModelSpec
 from moesaic.training.config import TrainConfig
 from moesaic.training.identity import changes, check_identity, identity
-from moesaic.training.memory import reused_memory
 from moesaic.training.metrics import (
     Metrics,
     mean,
@@ -55,10 +57,8 @@ from moesaic.training.metrics import (
 from moesaic.training.optimizer import (
     build_optimizer,
     frozen_names,
-    gradient_norm,
     moments,
     set_learning_rate,
-    update,
 )
 from moesaic.training.ranks import RankRecord, rank_line
 from moesaic.training.run_folder import RunFolder
@@ -202,8 +202,10 @@ class _Job:
             recompute=recompute_choices(config, world.layout),
         )
         if state is None:
-            if world.is_first and read_config(config.model).get("quantization_config"):
-                note(f"{config.model} is FP8: its weights are widened, and trained in float32.")
+            quantization = quantization_of(read_config(config.model))
+            if world.is_first and quantization is not None:
+                what = IN_WORDS[quantization.format]
+                note(f"{config.model} is {what}: its weights are widened, and trained in float32.")
             model.load(config.model)
         frozen = frozen_names(parameter_names(spec), config.freeze)
         model.freeze(frozen)
