@@ -8,13 +8,16 @@ import torch
 from safetensors.torch import save_file
 
 from moesaic.errors import FolderError, SpecError
+from moesaic.quantization.compressed import (
+    Quantization,
+    compressed_tensors_config,
+    quantization_of,
+)
 from moesaic.quantization.fp8 import (
     FP8_MAX,
-    compressed_tensors_config,
     dequantize,
     quantize_per_channel,
     quantize_per_tensor,
-    scheme_of,
 )
 from moesaic.quantization.reader import WideReader
 
@@ -88,11 +91,13 @@ def test_weights_that_share_a_scale_share_the_largest_magnitude():
     assert float(shared) == 4 * float(alone)
 
 
-@pytest.mark.parametrize("scheme", ["channel", "tensor"])
-def test_the_config_says_the_scheme(scheme):
-    config = {"quantization_config": compressed_tensors_config(scheme, ["lm_head"])}
-    assert scheme_of(config) == scheme
-    assert scheme_of({}) is None
+@pytest.mark.parametrize(
+    ("format", "scheme"), [("float8", "channel"), ("float8", "tensor"), ("int8", "channel")]
+)
+def test_the_config_says_format_and_scheme(format, scheme):
+    config = {"quantization_config": compressed_tensors_config(scheme, ["lm_head"], format=format)}
+    assert quantization_of(config) == Quantization(format, scheme)
+    assert quantization_of({}) is None
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,7 @@ def test_the_config_says_the_scheme(scheme):
 def test_another_quantisation_is_refused(change, message):
     config = {"quantization_config": compressed_tensors_config("channel", []) | change}
     with pytest.raises(SpecError, match=message):
-        scheme_of(config)
+        quantization_of(config)
 
 
 def write_folder(path: Path, tensors: dict[str, torch.Tensor], *, scheme: str = "channel") -> Path:
@@ -169,5 +174,5 @@ def test_a_folder_that_is_not_quantised_is_read_as_it_is(tmp_path):
     save_file({"a.weight": weight}, folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
     with WideReader(folder) as reader:
-        assert reader.scheme is None
+        assert reader.quantization is None
         assert torch.equal(reader.read("a.weight"), weight)

@@ -16,6 +16,8 @@ from moesaic.quantizing.quantize import quantize
 from tests.tiny import MIXTRAL, TINY, tiny_folder, tiny_model
 
 SCHEMES = ("channel", "tensor")
+FORMATS = (("float8", "channel"), ("float8", "tensor"), ("int8", "channel"))
+DTYPES = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
 IGNORED = ("embed_tokens", "lm_head", "norm", "gate.weight", "shared_expert_gate", ".bias")
 """Names of what stays in 16 bits, written out again on purpose."""
 
@@ -24,13 +26,13 @@ def stays(name: str) -> bool:
     return any(part in name for part in IGNORED)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("format", "scheme"), FORMATS)
 @pytest.mark.parametrize("spec", TINY.values(), ids=TINY.keys())
-def test_matrices_become_fp8_with_scales_and_the_rest_stays(tmp_path, spec, scheme):
+def test_matrices_get_8_bits_with_scales_and_the_rest_stays(tmp_path, spec, format, scheme):
     before = load_file(
         tiny_folder(tmp_path / "m", spec, dtype=torch.bfloat16) / "model.safetensors"
     )
-    quantize(QuantizeConfig(model=tmp_path / "m", out=tmp_path / "q", scheme=scheme))
+    quantize(QuantizeConfig(model=tmp_path / "m", out=tmp_path / "q", scheme=scheme, format=format))
     after = load_file(tmp_path / "q" / "model.safetensors")
     rounded = {name for name in before if not stays(name)}
     assert set(after) == set(before) | {f"{name}_scale" for name in rounded}
@@ -38,14 +40,16 @@ def test_matrices_become_fp8_with_scales_and_the_rest_stays(tmp_path, spec, sche
         if stays(name):
             assert torch.equal(after[name], weight)
             continue
-        assert after[name].dtype == torch.float8_e4m3fn
+        assert after[name].dtype == DTYPES[format]
         scale = after[f"{name}_scale"]
         assert scale.dtype == torch.float32
         assert scale.shape == ((weight.shape[0], 1) if scheme == "channel" else (1,))
         largest = weight.float().abs().amax(dim=1, keepdim=True)
         error = (after[name].float() * scale - weight.float()).abs()
         limit = largest if scheme == "channel" else before_largest(before, name)
-        assert bool((error <= torch.maximum(weight.abs().float() / 15, limit / 448)).all())
+        allowed = torch.maximum(weight.abs().float() / 15, limit / 448)
+        allowed = limit / 127 * 0.5001 if format == "int8" else allowed
+        assert bool((error <= allowed).all())
 
 
 def before_largest(before: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -72,10 +76,10 @@ def test_per_tensor_w1_and_w3_of_an_expert_share_their_scale(tmp_path, spec):
         assert w1 == w3 != w2
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_quantised_folder_loads_as_its_weights_multiplied_out(tmp_path, scheme):
+@pytest.mark.parametrize(("format", "scheme"), FORMATS)
+def test_a_quantised_folder_loads_as_its_weights_multiplied_out(tmp_path, format, scheme):
     tiny_folder(tmp_path / "m", MIXTRAL)
-    quantize(QuantizeConfig(model=tmp_path / "m", out=tmp_path / "q", scheme=scheme))
+    quantize(QuantizeConfig(model=tmp_path / "m", out=tmp_path / "q", scheme=scheme, format=format))
     tensors = load_file(tmp_path / "q" / "model.safetensors")
     state = load_model(tmp_path / "q").state_dict()
     for expert in range(MIXTRAL.moe.num_experts):
@@ -119,10 +123,16 @@ def test_the_tokenizer_comes_along(tmp_path):
         assert (tmp_path / "q" / name).read_bytes() == (tmp_path / "m" / name).read_bytes()
 
 
-def test_quantising_twice_is_refused(tmp_path):
+def test_int8_with_one_scale_a_matrix_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="int8 weights are read with a scale a row"):
+        QuantizeConfig(model=tmp_path, out=tmp_path / "q", format="int8", scheme="tensor")
+
+
+@pytest.mark.parametrize(("format", "word"), [("float8", "FP8"), ("int8", "int8")])
+def test_quantising_twice_is_refused(tmp_path, format, word):
     tiny_folder(tmp_path / "m", MIXTRAL)
-    quantize(QuantizeConfig(model=tmp_path / "m", out=tmp_path / "q"))
-    with pytest.raises(ConfigError, match="FP8 already"):
+    quantize(QuantizeConfig(model=tmp_path / "m", out=tmp_path / "q", format=format))
+    with pytest.raises(ConfigError, match=f"{word} already"):
         quantize(QuantizeConfig(model=tmp_path / "q", out=tmp_path / "q2"))
     assert not (tmp_path / "q2").exists()
 
@@ -146,13 +156,14 @@ def layers_of(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_compressed_tensors_itself_reads_every_weight_the_same(tmp_path, scheme):
+@pytest.mark.parametrize(("format", "scheme"), FORMATS)
+def test_compressed_tensors_itself_reads_every_weight_the_same(tmp_path, format, scheme):
     compressed_tensors = pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import FloatQuantizationCompressor
+    from compressed_tensors import compressors
 
+    name = "IntQuantizationCompressor" if format == "int8" else "FloatQuantizationCompressor"
     tiny_folder(tmp_path / "m", MIXTRAL)
-    quantize(QuantizeConfig(model=tmp_path / "m", out=tmp_path / "q", scheme=scheme))
+    quantize(QuantizeConfig(model=tmp_path / "m", out=tmp_path / "q", scheme=scheme, format=format))
     stated = read_config(tmp_path / "q")["quantization_config"]
     config = compressed_tensors.QuantizationConfig.model_validate(stated)
     (group,) = config.config_groups.values()
@@ -161,10 +172,23 @@ def test_compressed_tensors_itself_reads_every_weight_the_same(tmp_path, scheme)
     for module, tensors in layers_of(tmp_path / "q").items():
         if "weight_scale" not in tensors or ".experts." in module:
             continue
-        theirs = FloatQuantizationCompressor.decompress(tensors, group)["weight"]
+        theirs = getattr(compressors, name).decompress(tensors, group)["weight"]
         assert torch.equal(theirs.float(), state[f"{module}.weight"])
         compared += 1
     assert compared == 4 * MIXTRAL.num_layers
+
+
+@pytest.mark.slow
+def test_transformers_reads_an_int8_folder_and_rounds_activations_too(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    tiny_folder(tmp_path / "m", TINY["llama"])
+    quantize(QuantizeConfig(model=tmp_path / "m", out=tmp_path / "q", format="int8"))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        ours = load_model(tmp_path / "q")(ids)
+        difference = float((their_logits(tmp_path / "q", ids) - ours).std() / ours.std())
+    # Steps of 1/127 of a token's largest activation, through three layers.
+    assert 1e-3 < difference < 0.05
 
 
 @pytest.mark.slow

@@ -274,13 +274,13 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 _SCALES = ("weight_scale", "input_scale")
-"""What stands beside an FP8 weight (compressed-tensors)."""
+"""What stands beside a weight of 8 bits (compressed-tensors)."""
 
 
 def check_complete(reader: WeightReader, spec: ModelSpec) -> None:
     """See that the folder holds every tensor of `spec`, in its shape, and no other.
 
-    Passed over: scales beside FP8 weights, `lm_head.weight` of a tied model, stored rope
+    Passed over: scales beside weights of 8 bits, `lm_head.weight` of a tied model, stored rope
     frequencies, and what an expert of width 0 leaves.
 
     Raises:
@@ -299,10 +299,13 @@ def check_complete(reader: WeightReader, spec: ModelSpec) -> None:
                 f"{reader.folder}: {name} has shape {list(info.shape)}, but config.json makes it "
                 f"{list(shape)}."
             )
-        if not info.dtype.is_floating_point:
+        if not info.dtype.is_floating_point and info.dtype != torch.int8:
             raise FolderError(f"{reader.folder}: {name} is {info.dtype}, not floating point.")
         if info.dtype.itemsize == 1 and _scale_of(name) not in reader.entries:
-            raise FolderError(f"{reader.folder}: {name} is FP8, but {_scale_of(name)} is missing.")
+            kind = "int8" if info.dtype == torch.int8 else "FP8"
+            raise FolderError(
+                f"{reader.folder}: {name} is {kind}, but {_scale_of(name)} is missing."
+            )
     extra = [name for name in reader.entries if name not in expected]
     extra = [name for name in extra if not _is_passed_over(name, reader, spec)]
     if extra:
@@ -337,9 +340,18 @@ def read_finite(reader: WeightReader, name: str) -> Tensor:
         FolderError: As `WeightReader.read`, or the tensor is not finite.
     """
     tensor = reader.read(name)
+    refuse_infinite(reader, name, tensor)
+    return tensor
+
+
+def refuse_infinite(reader: WeightReader, name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity in what was read of a tensor.
+
+    Raises:
+        FolderError: There is one.
+    """
     if not _is_finite(tensor):
         raise FolderError(f"{reader.folder}: {name} holds NaN or infinity. Its file is damaged.")
-    return tensor
 
 
 def _is_finite(tensor: Tensor) -> bool:

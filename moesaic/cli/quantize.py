@@ -8,6 +8,7 @@ from typing import Any
 import moesaic
 from moesaic.cli.show import size, table
 from moesaic.cli.verb import Summary, verb
+from moesaic.quantization.compressed import IN_WORDS
 from moesaic.quantizing.config import QuantizeConfig
 
 
@@ -17,7 +18,9 @@ def show(done: Mapping[str, Any]) -> Iterator[str]:
         [kind, f"{of['tensors']:,}", f"{of['relative_rms']:.2%}", f"{of['worst_relative_rms']:.2%}"]
         for kind, of in done["kinds"].items()
     ]
-    yield from table(["weights in FP8", "tensors", "relative error", "worst"], rows)
+    yield from table(
+        [f"weights in {IN_WORDS[done['format']]}", "tensors", "relative error", "worst"], rows
+    )
     before, after = done["bytes_before"], done["bytes_after"]
     yield f"weights: {size(before)} -> {size(after)}"
     if heldout := done.get("heldout"):
@@ -30,6 +33,6 @@ def show(done: Mapping[str, Any]) -> Iterator[str]:
 
 @verb(QuantizeConfig, positional=("model", "out"), show=show)
 def quantize(config: QuantizeConfig) -> Summary:
-    """Shrink a model to FP8, and say what that cost."""
+    """Shrink a model to 8-bit weights, FP8 or int8, and say what that cost."""
     summary: Summary = moesaic.quantize(config)
     return summary

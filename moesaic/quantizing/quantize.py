@@ -1,13 +1,13 @@
 """The job behind `moesaic quantize`: 8-bit weights, written while they are read.
 
 Attention's four projections and every feed-forward matrix, routed, shared or dense, become
-FP8; embeddings, head, norms, biases and routers stay as they are, in 16 bits. No more than
-two tensors are in memory at a time, whatever the size of the model.
+e4m3 floats or integers of 8 bits; embeddings, head, norms, biases and routers stay as they are,
+in 16 bits. No more than two tensors are in memory at a time, whatever the size of the model.
 
 How far a weight is from what it was is told as a relative root mean square,
 sqrt(sum (w' - w)^2 / sum w^2), over all tensors of a kind and for the worst of them. The
 loss, when a token folder is given, is measured with the rounded weights and exact
-activations; an engine that multiplies in FP8 rounds activations as well.
+activations; an engine that multiplies in 8 bits rounds activations as well.
 """
 
 from __future__ import annotations
@@ -38,13 +38,18 @@ from moesaic.errors import ConfigError
 from moesaic.evaluation.config import EvaluateConfig
 from moesaic.evaluation.evaluate import evaluate
 from moesaic.files import NewFolder
-from moesaic.quantization.fp8 import (
+from moesaic.quantization import int8
+from moesaic.quantization.compressed import (
+    IN_WORDS,
+    Format,
     Scheme,
     compressed_tensors_config,
+    quantization_of,
+)
+from moesaic.quantization.fp8 import (
     dequantize,
     quantize_per_channel,
     quantize_per_tensor,
-    scheme_of,
 )
 from moesaic.quantizing.config import QuantizeConfig
 
@@ -55,30 +60,33 @@ Plan = list[tuple[str, torch.dtype, tuple[int, ...]]]
 
 
 def quantize(config: QuantizeConfig) -> dict[str, Any]:
-    """Write an FP8 copy of a model folder.
+    """Write a copy of a model folder with weights of 8 bits.
 
     Returns:
         What happened, ready for JSON, and written to `quantization.json` in the folder:
-        `scheme`, `bytes_before` and `bytes_after` of the weights, `kinds` (for each kind of
-        tensor how many, `relative_rms`, and the worst one), `seconds`, and with a token folder
-        `heldout`: `before`, `after` and `difference` in nats a token.
+        `format`, `scheme`, `bytes_before` and `bytes_after` of the weights, `kinds` (for each
+        kind of tensor how many, `relative_rms`, and the worst one), `seconds`, and with a token
+        folder `heldout`: `before`, `after` and `difference` in nats a token.
 
     Raises:
         ConfigError: The model is quantised already.
         FolderError: A folder cannot be read or written, or a weight is not finite.
     """
     start = time.perf_counter()
-    if scheme_of(read_config(config.model)) is not None:
-        raise ConfigError(f"{config.model} is FP8 already. Quantise the 16-bit model instead.")
+    done = quantization_of(read_config(config.model))
+    if done is not None:
+        raise ConfigError(
+            f"{config.model} is {IN_WORDS[done.format]} already. Quantise the 16-bit model instead."
+        )
     spec = read_spec(config.model)
     entries = disk_entries(spec)
     errors: dict[str, KindError] = {}
     new_folder = NewFolder(config.out, overwrite=config.overwrite, inputs=[config.model])
     with WeightReader(config.model) as reader, new_folder as new:
         check_complete(reader, spec)
-        plan = _plan(entries, reader, config.scheme)
+        plan = _plan(entries, reader, config.format, config.scheme)
         writer = WeightWriter(new.path, plan)
-        _write_weights(entries, reader, writer, config.scheme, errors)
+        _write_weights(entries, reader, writer, config, errors)
         writer.close()
         ignore = ["lm_head"] + [
             entry.name.removesuffix(".weight")
@@ -89,12 +97,17 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
             new.path,
             spec,
             dtype=str(_kept_dtype(entries[0], reader)).removeprefix("torch."),
-            extra={"quantization_config": compressed_tensors_config(config.scheme, ignore)},
+            extra={
+                "quantization_config": compressed_tensors_config(
+                    config.scheme, ignore, format=config.format
+                )
+            },
         )
         copy_tokenizer(config.model, new.path)
         summary = {
             "model": str(config.model),
             "out": str(config.out),
+            "format": config.format,
             "scheme": config.scheme,
             "bytes_before": sum(_bytes(info.dtype, info.shape) for info in reader.entries.values()),
             "bytes_after": sum(_bytes(dtype, shape) for _, dtype, shape in plan),
@@ -154,14 +167,15 @@ def _kept_dtype(entry: Entry, reader: WeightReader) -> torch.dtype:
     return torch.bfloat16 if wide else dtype
 
 
-def _plan(entries: list[Entry], reader: WeightReader, scheme: Scheme) -> Plan:
+def _plan(entries: list[Entry], reader: WeightReader, format: Format, scheme: Scheme) -> Plan:
     plan: Plan = []
+    dtype = torch.int8 if format == "int8" else torch.float8_e4m3fn
     for entry in entries:
         if not _is_rounded(entry):
             plan.append((entry.name, _kept_dtype(entry, reader), entry.shape))
             continue
         scales = (entry.shape[0], 1) if scheme == "channel" else (1,)
-        plan.append((entry.name, torch.float8_e4m3fn, entry.shape))
+        plan.append((entry.name, dtype, entry.shape))
         plan.append((f"{entry.name}_scale", torch.float32, scales))
     return plan
 
@@ -170,7 +184,7 @@ def _write_weights(
     entries: list[Entry],
     reader: WeightReader,
     writer: WeightWriter,
-    scheme: Scheme,
+    config: QuantizeConfig,
     errors: dict[str, KindError],
 ) -> None:
     names = {(entry.param, entry.expert): entry.name for entry in entries}
@@ -180,7 +194,9 @@ def _write_weights(
             writer.write(entry.name, weight.to(_kept_dtype(entry, reader)))
             continue
         weight = weight.float()
-        if scheme == "channel":
+        if config.format == "int8":
+            rounded, scale = int8.quantize_per_channel(weight)
+        elif config.scheme == "channel":
             rounded, scale = quantize_per_channel(weight)
         else:
             largest = _largest(entry, names, reader)

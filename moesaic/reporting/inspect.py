@@ -17,7 +17,7 @@ from rich.table import Table
 
 from moesaic.checkpoint.folder import WeightReader, check_complete, read_config, read_spec
 from moesaic.evaluation.similarity import folder_similarity
-from moesaic.quantization.fp8 import scheme_of
+from moesaic.quantization.compressed import quantization_of
 from moesaic.reporting import words
 from moesaic.reporting.config import InspectConfig
 
@@ -29,7 +29,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         `spec`, every fact of the model; `parameters`, all and `active_parameters`, those that
         one token uses; `flops_per_token`, of a forward pass at `context`, two for each
         multiply-add; `weight_bytes` and `bytes_by_dtype`, on disk; `cache_bytes_per_token`, keys
-        and values in 16 bit; `quantization`, the scheme or None; `similarity` by layer, see
+        and values in 16 bit; `format` and
+        `quantization`, the scheme, or None; `similarity` by layer, see
         `moesaic.evaluation.similarity`, or None. Ready for JSON.
 
     Raises:
@@ -44,6 +45,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         for entry in reader.entries.values():
             name = str(entry.dtype).removeprefix("torch.")
             by_dtype[name] = by_dtype.get(name, 0) + entry.num_bytes
+    quantization = quantization_of(read_config(folder))
     similarity = None
     if spec.moe is not None and config.similarity:
         similarity = {str(layer): value for layer, value in folder_similarity(folder).items()}
@@ -57,7 +59,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "weight_bytes": sum(by_dtype.values()),
         "bytes_by_dtype": by_dtype,
         "cache_bytes_per_token": 2 * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim,
-        "quantization": scheme_of(read_config(folder)),
+        "format": None if quantization is None else quantization.format,
+        "quantization": None if quantization is None else quantization.scheme,
         "similarity": similarity,
         "spec": dataclasses.asdict(spec),
     }
@@ -100,7 +103,8 @@ def render(summary: Mapping[str, Any]) -> str:
     table.add_row("weights", f"{words.byte_count(summary['weight_bytes'])} on disk: {sizes}")
     table.add_row("KV cache", f"{summary['cache_bytes_per_token']:,} bytes a token in 16 bit")
     if summary["quantization"] is not None:
-        table.add_row("quantised", f"FP8 e4m3, one scale a {summary['quantization']}")
+        what = "int8" if summary["format"] == "int8" else "FP8 e4m3"
+        table.add_row("quantised", f"{what}, one scale a {summary['quantization']}")
     if summary["similarity"]:
         table.add_row("similarity", "of the experts, layer by layer (1: copies, 0: unrelated)")
         _add_similarity(table, summary["similarity"])

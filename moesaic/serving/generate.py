@@ -23,7 +23,7 @@ from moesaic.errors import ConfigError
 from moesaic.model.build import load_model
 from moesaic.model.cache import KVCache
 from moesaic.model.transformer import Transformer
-from moesaic.quantization.fp8 import scheme_of
+from moesaic.quantization.compressed import IN_WORDS, quantization_of
 from moesaic.serving.config import GenerateConfig, SamplingConfig
 from moesaic.serving.sample import next_token
 from moesaic.serving.text import TextStream
@@ -49,8 +49,10 @@ def generate(
         ConfigError: The prompt is empty or too long, or there is no such device.
         FolderError: The model or its tokenizer cannot be read.
     """
-    if scheme_of(read_config(config.model)) is not None:
-        note(f"{config.model} is FP8: its weights are widened to {config.dtype} while loading.")
+    quantization = quantization_of(read_config(config.model))
+    if quantization is not None:
+        what = IN_WORDS[quantization.format]
+        note(f"{config.model} is {what}: its weights are widened to {config.dtype} while loading.")
     tokenizer = load_tokenizer(config.model)
     model = load_model(
         config.model, dtype=getattr(torch, config.dtype), device=_device(config.device)
