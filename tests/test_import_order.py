@@ -19,7 +19,7 @@ JOBS = ("upcycling", "training", "quantizing", "serving", "measuring", "reportin
 
 ORDER = (
     ("version", "errors"),
-    ("files", "console", "memory"),
+    ("files", "console", "memory", "native"),
     *(
         (name,)
         for name in ["spec", "config", "planning", "data", "parallel", "checkpoint", "quantization"]
