@@ -16,7 +16,7 @@ PACKED_COLUMNS = 64
 
 
 def stored_bytes(kind: str, rows: int, columns: int, *, packed: bool) -> int:
-    """Bytes of a matrix with its scales.
+    """Bytes of a matrix with its scales; nothing where it has no rows or no columns.
 
     Args:
         kind: What a number is stored in, one of `ITEMSIZE`.
@@ -24,6 +24,8 @@ def stored_bytes(kind: str, rows: int, columns: int, *, packed: bool) -> int:
         columns: Input channels.
         packed: Whether it is stored as the CPU kernels read it, in whole tiles.
     """
+    if not rows or not columns:
+        return 0
     if packed:
         rows, columns = _up(rows, PACKED_ROWS), _up(columns, PACKED_COLUMNS)
     return rows * columns * ITEMSIZE[kind] + (4 * rows if kind in SCALED else 0)
