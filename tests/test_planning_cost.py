@@ -12,7 +12,6 @@ from moesaic.planning.cluster import read_cluster
 from moesaic.planning.cost import (
     RECOMPUTE,
     Machine,
-    MeasuredTable,
     default_stages,
     distinct_ranks,
     held_parameters,
@@ -22,6 +21,7 @@ from moesaic.planning.cost import (
     unit_names,
 )
 from moesaic.planning.job import Job, job_of
+from moesaic.planning.measured import MeasuredTable
 from moesaic.planning.plan import TrainPlan
 from moesaic.planning.published_time import (
     NotModelledError,

@@ -26,20 +26,32 @@ sequence is parallel too), H model width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from moesaic.errors import PlanError
 from moesaic.planning.cluster import ClusterSpec, DeviceSpec
 from moesaic.planning.job import Job
+from moesaic.planning.measured import (
+    LinkKind,
+    MeasuredLink,
+    MeasuredTable,
+    MeasuredUnit,
+    unit_shape,
+)
 from moesaic.planning.plan import V_SHAPED
 from moesaic.planning.schedules import can_run
-from moesaic.planning.shape import AttentionShape, DenseShape, Matrix, ModelShape, MoEShape
+from moesaic.planning.shape import (
+    AttentionShape,
+    DenseShape,
+    Matrix,
+    ModelShape,
+    MoEShape,
+    unit_names,
+)
 from moesaic.planning.simulate import StageSeconds, simulate
 from moesaic.planning.split import Span, Split
 
@@ -140,9 +152,13 @@ class Machine:
     link_latency: float
     network_bandwidth: float
     network_latency: float
+    table: MeasuredTable | None = None
+    """Whose exchanges take the place of bandwidths and latencies."""
 
     @classmethod
-    def of(cls, cluster: ClusterSpec, job: Job, rank: int = 0) -> Machine:
+    def of(
+        cls, cluster: ClusterSpec, job: Job, rank: int = 0, table: MeasuredTable | None = None
+    ) -> Machine:
         """What a rank of a cluster has."""
         node = cluster.node(rank)
         return cls(
@@ -153,6 +169,7 @@ class Machine:
             link_latency=node.link_latency,
             network_bandwidth=cluster.network_bandwidth * NETWORK,
             network_latency=cluster.network_latency,
+            table=table,
         )
 
     @property
@@ -253,33 +270,45 @@ class Machine:
         steps = (group.near - 1) * self.link_latency + (group.nodes - 1) * self.network_latency
         return START_SECONDS + steps
 
-    def gather(self, count: float, group: Group, *, times: int = 1) -> float:
+    def link(self, kind: LinkKind, group: Group) -> MeasuredLink | None:
+        """What was measured of such exchanges."""
+        return None if self.table is None else self.table.link(kind, *group)
+
+    def gather(
+        self, count: float, group: Group, *, times: int = 1, kind: LinkKind = "gather"
+    ) -> float:
         """Seconds of gathering `count` bytes on each rank, or of summing and dealing them out."""
         if group.ranks == 1:
             return 0.0
         moved = count * (group.ranks - 1) / group.ranks
+        if link := self.link(kind, group):
+            return link.seconds(moved, times=times)
         return moved / self.bandwidth(group) + times * self.latency(group)
+
+    def sum(self, count: float, group: Group) -> float:
+        """Seconds of summing `count` bytes, of which every rank keeps all."""
+        if link := self.link("sum", group):
+            return link.seconds(count * (group.ranks - 1) / group.ranks)
+        return 2 * self.gather(count, group)
 
     def all_to_all(self, count: float, group: Group) -> float:
         """Seconds in which each rank sends `count` bytes, equally many to every rank."""
         if group.ranks == 1:
             return 0.0
+        if link := self.link("all_to_all", group):
+            return link.seconds(count * (group.ranks - 1) / group.ranks)
         near = count * (group.near - 1) / group.ranks / self.link_bandwidth
         far = count * (group.ranks - group.near) / group.ranks / self.network_bandwidth
         return max(near, far) + self.latency(group)
 
     def send(self, count: float, distance: int) -> float:
         """Seconds of sending bytes to the rank so many further."""
-        if 2 * distance <= self.node_size:
+        is_near = 2 * distance <= self.node_size
+        if link := self.link("send", Group(2, 2 if is_near else 1)):
+            return link.seconds(count)
+        if is_near:
             return count / self.link_bandwidth + START_SECONDS + self.link_latency
         return count / self.network_bandwidth + START_SECONDS + self.network_latency
-
-
-def unit_names(shape: ModelShape) -> list[str]:
-    """Every unit, in order, as a plan's file names them."""
-    parts = ("attention", "feed_forward")
-    layers = [f"{layer}.{part}" for layer in range(len(shape.layers)) for part in parts]
-    return ["embedding", *layers, "head"]
 
 
 def unit_costs(
@@ -299,7 +328,7 @@ def unit_costs(
         rank: Whose device and links.
         table: What was measured; it replaces the formulas of the units that it has.
     """
-    machine = Machine.of(cluster, job, rank)
+    machine = Machine.of(cluster, job, rank, table)
     known: dict[Any, UnitCost] = {}
     found = []
     for name in unit_names(shape):
@@ -308,9 +337,19 @@ def unit_costs(
         key = (name if table else kind, part)
         if key not in known:
             measured = table.find(name, shape, job) if table else None
-            known[key] = measured or _unit(machine, shape, name)
+            known[key] = (
+                _measured(measured, job) if measured is not None else _unit(machine, shape, name)
+            )
         found.append(dataclasses.replace(known[key], name=name))
     return tuple(found)
+
+
+def _measured(unit: MeasuredUnit, job: Job) -> UnitCost:
+    forward, inputs, weights = unit.in_step(job)
+    again = {choice: unit.recompute.get(choice, 0.0) for choice in RECOMPUTE}
+    return UnitCost(
+        unit.kind, forward, inputs, weights, again, {"measured": forward + inputs + weights}
+    )
 
 
 def _unit(machine: Machine, shape: ModelShape, name: str) -> UnitCost:
@@ -668,10 +707,16 @@ class StepCost:
 
 
 def step_costs(
-    shape: ModelShape, job: Job, cluster: ClusterSpec, units: Span, *, rank: int = 0
+    shape: ModelShape,
+    job: Job,
+    cluster: ClusterSpec,
+    units: Span,
+    *,
+    rank: int = 0,
+    table: MeasuredTable | None = None,
 ) -> StepCost:
     """What a rank that holds a run of units does beside its passes; nothing hidden yet."""
-    machine = Machine.of(cluster, job, rank)
+    machine = Machine.of(cluster, job, rank, table)
     dense, experts = held_parameters(shape, job, units)
     buckets = max(1, math.ceil((dense + experts) / max(BUCKET, 1e6 * job.dense_data_ranks)))
     reduce = gather = 0.0
@@ -683,12 +728,30 @@ def step_costs(
     parts = (dense, machine.data, widths[0]), (experts, machine.expert_data, widths[1])
     for count, group, width in parts:
         pieces = max(1, math.ceil(buckets * count / max(1.0, dense + experts)))
-        reduce += machine.gather(job.gradient_bytes * count, group, times=pieces)
+        reduce += machine.gather(
+            job.gradient_bytes * count, group, times=pieces, kind="scatter_sum"
+        )
         gather += machine.gather(width * count, group, times=pieces)
+    return StepCost(reduce, gather, buckets, _update_seconds(machine, shape, units))
+
+
+def _update_seconds(machine: Machine, shape: ModelShape, units: Span) -> float:
+    """Of the optimizer, over what a rank holds of a run of units."""
+    job, table = machine.job, machine.table
     shards = (job.dense_shards, job.expert_shards) if job.zero else (1, 1)
-    updated = dense / shards[0] + experts / shards[1]
-    moved = OPTIMIZER_BYTES * updated + job.gradient_bytes * (dense + experts)
-    return StepCost(reduce, gather, buckets, machine.moved(moved))
+    seconds = moved = 0.0
+    names = unit_names(shape) if table else []
+    for span in [(unit, unit + 1) for unit in range(*units)] if table else [units]:
+        dense, experts = held_parameters(shape, job, span, beside=units)
+        updated = dense / shards[0] + experts / shards[1]
+        found = table.find(names[span[0]], shape, job) if table else None
+        if found is not None and found.update is not None:
+            # Of a unit that holds nothing here, as a tied head, nothing was measured either.
+            whole = sum(held_parameters(shape, job, span))
+            seconds += found.update * updated / whole
+        else:
+            moved += OPTIMIZER_BYTES * updated + job.gradient_bytes * (dense + experts)
+    return seconds + machine.moved(moved)
 
 
 OPTIMIZER_BYTES = 34
@@ -696,16 +759,23 @@ OPTIMIZER_BYTES = 34
 gradient read twice, once for its norm, and the weight written in bf16."""
 
 
-def held_parameters(shape: ModelShape, job: Job, units: Span) -> tuple[float, float]:
-    """Parameters that one rank holds of a run of units: dense ones, and experts'."""
+def held_parameters(
+    shape: ModelShape, job: Job, units: Span, *, beside: Span | None = None
+) -> tuple[float, float]:
+    """Parameters that one rank holds of a run of units: dense ones, and experts'.
+
+    A tied table counts once where the rank has both ends, here or in the units `beside` these.
+    """
     hidden = shape.hidden
+    first = min(units[0], units[0] if beside is None else beside[0])
     dense = experts = 0.0
     last = 2 * len(shape.layers) + 1
     for unit in range(*units):
         if unit == 0:
             dense += shape.vocab * hidden / job.tp + shape.positions * hidden
         elif unit == last:
-            dense += shape.vocab * hidden / job.tp + shape.norm_parameters
+            has_table = not (shape.tied and first == 0)
+            dense += has_table * shape.vocab * hidden / job.tp + shape.norm_parameters
         else:
             number, second = divmod(unit - 1, 2)
             layer = shape.layers[number]
@@ -734,6 +804,10 @@ class Prediction:
     stage_seconds: tuple[StageSeconds, ...]
     is_bound: bool
     """Whether the pipeline's time is the upper bound (m - 1) max + sum, not simulated."""
+    measured: tuple[str, ...] = ()
+    """What came from a measured table."""
+    by_formulas: tuple[str, ...] = ()
+    """What did not."""
 
     def tokens_per_second(self, job: Job) -> float:
         """Of each rank."""
@@ -809,10 +883,13 @@ def predict(
                 costs[key] = unit_costs(shape, job, cluster, rank=rank, table=table)
             found.append(_stage_seconds(costs[key], span, recompute))
         seconds.append(max(found, key=_whole))
-    send = send_seconds(shape, job, cluster)
+    send = send_seconds(shape, job, cluster, table=table)
     pipeline, ends, is_bound = pipeline_seconds(job, seconds, send, is_shortened=is_shortened)
-    finish, gathered, optimizer = _finish(shape, job, cluster, stages, owners, seconds, ends)
+    finish, gathered, optimizer = _finish(shape, job, cluster, stages, owners, seconds, ends, table)
+    if owners[0] != owners[-1]:
+        finish += tied_seconds(shape, job, cluster, table=table)
     total = finish + gathered + optimizer + STEP_SECONDS
+    measured, by_formulas = _sources(shape, job, cluster, table)
     return Prediction(
         seconds=total,
         pipeline=pipeline,
@@ -820,14 +897,69 @@ def predict(
         optimizer=optimizer,
         stage_seconds=tuple(seconds),
         is_bound=is_bound,
+        measured=measured,
+        by_formulas=by_formulas,
     )
 
 
-def send_seconds(shape: ModelShape, job: Job, cluster: ClusterSpec) -> float:
+def _sources(
+    shape: ModelShape, job: Job, cluster: ClusterSpec, table: MeasuredTable | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Parts of a prediction that were measured, and those that follow from formulas."""
+    if table is None:
+        return (), ()
+    machine = Machine.of(cluster, job, table=table)
+    is_measured: dict[str, list[bool]] = {}
+    for name in unit_names(shape):
+        kind, _ = unit_shape(name, shape)
+        found = table.find(name, shape, job)
+        is_measured.setdefault(kind, []).append(found is not None)
+        has_update = found is not None and found.update is not None
+        is_measured.setdefault("optimizer", []).append(has_update)
+    if job.pp > 1:
+        distance = job.stage_ranks
+        near = 2 if 2 * distance <= machine.node_size else 1
+        is_measured["sends to the next stage"] = [machine.link("send", Group(2, near)) is not None]
+        if shape.tied:
+            link = machine.link("sum", _ends(machine))
+            is_measured["sum of the tied table's gradients"] = [link is not None]
+    if job.dense_data_ranks > 1:
+        for words, link_kind in _OF_GRADIENTS.items():
+            is_measured[words] = [machine.link(link_kind, machine.data) is not None]
+    return (
+        tuple(name for name, found in is_measured.items() if all(found)),
+        tuple(name for name, found in is_measured.items() if not all(found)),
+    )
+
+
+_OF_GRADIENTS: Mapping[str, LinkKind] = {
+    "sums of gradients": "scatter_sum",
+    "gathers of weights": "gather",
+}
+
+
+def _ends(machine: Machine) -> Group:
+    """The first stage and the last, which both have a tied table."""
+    return Group(2, 2 if machine.job.world_size <= machine.node_size else 1)
+
+
+def tied_seconds(
+    shape: ModelShape, job: Job, cluster: ClusterSpec, *, table: MeasuredTable | None = None
+) -> float:
+    """Seconds of summing a tied table's gradients over the first and the last stage."""
+    if not shape.tied:
+        return 0.0
+    machine = Machine.of(cluster, job, table=table)
+    return machine.sum(job.gradient_bytes * shape.vocab * shape.hidden / job.tp, _ends(machine))
+
+
+def send_seconds(
+    shape: ModelShape, job: Job, cluster: ClusterSpec, *, table: MeasuredTable | None = None
+) -> float:
     """Seconds of a stage's result on its way to the next."""
     if job.pp == 1:
         return 0.0
-    machine = Machine.of(cluster, job)
+    machine = Machine.of(cluster, job, table=table)
     elements = job.tokens * shape.hidden
     if job.framework == "moesaic" and not job.sequence_parallel:
         return machine.send(machine.width * elements, job.stage_ranks)
@@ -926,6 +1058,7 @@ def _finish(
     owners: Sequence[int],
     seconds: Sequence[StageSeconds],
     ends: Sequence[float],
+    table: MeasuredTable | None,
 ) -> tuple[float, float, float]:
     """When the last gradient is summed, and seconds of gathering and of the optimizer then."""
     finish = gathered = optimizer = 0.0
@@ -935,7 +1068,8 @@ def _finish(
         for span, owner, of in zip(stages, owners, seconds, strict=True):
             if owner != pipeline_rank:
                 continue
-            cost = step_costs(shape, job, cluster, span, rank=owner * job.stage_ranks)
+            rank = owner * job.stage_ranks
+            cost = step_costs(shape, job, cluster, span, rank=rank, table=table)
             reduce += cost.reduce
             gather += cost.gather
             update += cost.optimizer
@@ -963,125 +1097,3 @@ def _shown(seconds: float, beside: float, buckets: int, job: Job) -> float:
     if not job.overlap_gradients:
         return seconds
     return max(seconds - beside, seconds / (buckets + 1))
-
-
-MEASURED_FORMAT = "moesaic-measured"
-MEASURED_VERSION = 1
-
-_CONDITIONS = (
-    "sequence",
-    "micro_batch",
-    "tp",
-    "cp",
-    "expert_ranks",
-    "expert_tensor_ranks",
-    "dtype",
-)
-"""What a unit was measured under; a job with other values is not served by it."""
-
-
-@dataclass(frozen=True)
-class MeasuredUnit:
-    """Seconds of one kind of unit, as they were measured."""
-
-    kind: str
-    """embedding, attention, dense, experts or head."""
-    conditions: Mapping[str, Any]
-    hidden: int
-    forward: float
-    input_gradient: float
-    weight_gradient: float
-    recompute: Mapping[str, float]
-    layers: tuple[int, ...] = ()
-    """Layers of this kind that are meant; none: all."""
-
-
-@dataclass(frozen=True)
-class MeasuredTable:
-    """What `moesaic measure` found; it takes the place of the formulas.
-
-    The file is JSON: `format`, `version`, `device`, `units`, and for each unit `kind`, `hidden`,
-    `forward`, `input_gradient`, `weight_gradient` (seconds), `recompute` (seconds by choice),
-    `layers` (may be left out), and the conditions: `sequence`, `micro_batch`, `tp`, `cp`,
-    `expert_ranks`, `expert_tensor_ranks`, `dtype`. `links` has `ranks`, `bytes` and `seconds` of
-    exchanges, and `about` anything.
-    """
-
-    device: str
-    units: tuple[MeasuredUnit, ...]
-    links: tuple[Mapping[str, float], ...] = ()
-
-    @classmethod
-    def load(cls, path: Path | str) -> MeasuredTable:
-        """Read a table.
-
-        Raises:
-            PlanError: The file cannot be read, or is no such table.
-        """
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PlanError(f"{path} is not readable JSON: {error}.") from None
-        if not isinstance(raw, dict) or raw.get("format") != MEASURED_FORMAT:
-            raise PlanError(f'{path} does not say "format": "{MEASURED_FORMAT}".')
-        if raw.get("version") != MEASURED_VERSION:
-            raise PlanError(
-                f"{path} has version {raw.get('version')!r}; this reads {MEASURED_VERSION}."
-            )
-        try:
-            units = tuple(_measured_unit(unit) for unit in raw["units"])
-            return cls(str(raw.get("device", "")), units, tuple(raw.get("links", ())))
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"{path}: a measured unit lacks or garbles {error}.") from None
-
-    def to_json(self) -> dict[str, Any]:
-        """What the file holds."""
-        units = []
-        for unit in self.units:
-            raw = {**dataclasses.asdict(unit), **unit.conditions}
-            del raw["conditions"]
-            units.append(raw)
-        return {
-            "format": MEASURED_FORMAT,
-            "version": MEASURED_VERSION,
-            "device": self.device,
-            "units": units,
-            "links": list(self.links),
-        }
-
-    def find(self, name: str, shape: ModelShape, job: Job) -> UnitCost | None:
-        """The unit as measured under the job's conditions; None: it was not."""
-        number, _, part = name.partition(".")
-        kind = name
-        if part:
-            network = shape.layers[int(number)].feed_forward
-            is_moe = isinstance(network, MoEShape)
-            kind = part if part == "attention" else "experts" if is_moe else "dense"
-        for unit in self.units:
-            of_layer = not part or not unit.layers or int(number) in unit.layers
-            same = all(getattr(job, key) == value for key, value in unit.conditions.items())
-            if unit.kind == kind and unit.hidden == shape.hidden and of_layer and same:
-                extra = {choice: unit.recompute.get(choice, 0.0) for choice in RECOMPUTE}
-                return UnitCost(
-                    name, unit.forward, unit.input_gradient, unit.weight_gradient, extra
-                )
-        return None
-
-
-def _measured_unit(raw: Mapping[str, Any]) -> MeasuredUnit:
-    forward, inputs, weights = (
-        float(raw[key]) for key in ("forward", "input_gradient", "weight_gradient")
-    )
-    again = {str(key): float(value) for key, value in raw.get("recompute", {}).items()}
-    if not all(0 <= value < math.inf for value in (forward, inputs, weights, *again.values())):
-        raise ValueError("seconds, which must be 0 or more")
-    return MeasuredUnit(
-        kind=str(raw["kind"]),
-        conditions={key: raw[key] for key in _CONDITIONS if key in raw},
-        hidden=int(raw["hidden"]),
-        forward=forward,
-        input_gradient=inputs,
-        weight_gradient=weights,
-        recompute=again,
-        layers=tuple(raw.get("layers", ())),
-    )

@@ -24,7 +24,7 @@ def timeline(answer: Answer) -> Timeline:
         answer.prediction.stage_seconds,
         ranks=job.pp,
         micro_batches=job.micro_batches,
-        send_seconds=send_seconds(question.shape, job, question.cluster),
+        send_seconds=send_seconds(question.shape, job, question.cluster, table=question.table),
     )
 
 

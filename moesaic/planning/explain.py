@@ -58,7 +58,7 @@ def bounds(answer: Answer) -> list[Bound]:
             weight_gradient=sum(unit.weight_gradient for unit in costs) / job.interleave / speeds,
         )
     ] * job.stages
-    send = send_seconds(question.shape, job, question.cluster)
+    send = send_seconds(question.shape, job, question.cluster, table=question.table)
     free = solve(work.problem(job, is_bounded=False))
     granular = evaluate(question, job, free.stages, {})
     return [
@@ -368,6 +368,8 @@ def as_json(answer: Answer) -> dict[str, Any]:
         "pipeline_seconds": prediction.pipeline,
         "communication_seconds": prediction.communication,
         "optimizer_seconds": prediction.optimizer,
+        "measured": list(prediction.measured),
+        "by_formulas": list(prediction.by_formulas),
         "bottleneck_seconds": answer.bottleneck,
         "bottleneck_gap": answer.gap,
         "stages": [row._asdict() for row in stage_rows(answer)],

@@ -35,7 +35,7 @@ from moesaic.planning.activations import (
     unit_activations,
 )
 from moesaic.planning.job import Job
-from moesaic.planning.plan import Recompute
+from moesaic.planning.plan import SPLIT, Recompute
 from moesaic.planning.schedules import stages_of
 from moesaic.planning.shape import AttentionShape, DenseShape, ModelShape, MoEShape
 from moesaic.planning.split import Span
@@ -43,9 +43,6 @@ from moesaic.planning.split import Span
 GIB = 2**30
 
 MIB = 2**20
-
-SPLIT = ("zb1p", "zbv", "dualpipev")
-"""Schedules that find gradients of inputs and of weights in two passes."""
 
 PRODUCT_WORKSPACE = 32 * MIB
 """Of one stream's matrix products on Hopper and later: of PyTorch (`CUBLAS_WORKSPACE_CONFIG`'s

@@ -41,6 +41,9 @@ inside of the experts, or of the dense feed-forward network."""
 V_SHAPED = ("zbv", "dualpipev")
 """Schedules with two stages a rank, the first and the last on the same one."""
 
+SPLIT = ("zb1p", "zbv", "dualpipev")
+"""Schedules that find gradients of inputs and of weights in two passes."""
+
 MAX_RANKS = 2**20
 """More are taken for a damaged file, before anything is counted rank by rank."""
 

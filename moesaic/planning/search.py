@@ -23,16 +23,9 @@ from typing import Any, NamedTuple
 from moesaic.errors import PlanError
 from moesaic.planning.activations import Means
 from moesaic.planning.cluster import ClusterSpec
-from moesaic.planning.cost import (
-    MeasuredTable,
-    Prediction,
-    UnitCost,
-    default_stages,
-    predict,
-    unit_costs,
-    unit_names,
-)
+from moesaic.planning.cost import Prediction, UnitCost, default_stages, predict, unit_costs
 from moesaic.planning.job import Job
+from moesaic.planning.measured import MeasuredTable
 from moesaic.planning.memory import (
     Kept,
     Ledger,
@@ -42,9 +35,9 @@ from moesaic.planning.memory import (
     pipeline_memory,
     unit_memory,
 )
-from moesaic.planning.plan import V_SHAPED, Recompute, Schedule, Stage, TrainPlan
+from moesaic.planning.plan import SPLIT, V_SHAPED, Recompute, Schedule, Stage, TrainPlan
 from moesaic.planning.schedules import can_run
-from moesaic.planning.shape import ModelShape, MoEShape
+from moesaic.planning.shape import ModelShape, MoEShape, unit_names
 from moesaic.planning.simulate import in_flight
 from moesaic.planning.solve import Choice, Problem, Solution, Unit, near_optimal, solve
 from moesaic.planning.split import Span
@@ -93,6 +86,14 @@ class Question:
                 raise PlanError(f"{name} is {getattr(self, name)}. It must be at least 1.")
         if not 0 < self.usable <= 1:
             raise PlanError(f"usable is {self.usable}. It is a part of memory, above 0, at most 1.")
+        if self.table is not None:
+            self.table.check(
+                self.shape,
+                sequence=self.sequence,
+                dtype=self.fixed.get("dtype", "bf16"),
+                micro_batch=self.fixed.get("micro_batch"),
+                ranks=self.cluster.ranks,
+            )
 
     @cached_property
     def moe(self) -> MoEShape | None:
@@ -333,7 +334,7 @@ class Work:
     def costs(self, job: Job, rank: int = 0) -> tuple[UnitCost, ...]:
         """As `unit_costs`, on the device of a rank."""
         question = self.question
-        key = (*_sizes(job), question.cluster.device(rank).name)
+        key = self._key(job, rank)
         if key not in self._costs:
             self._costs[key] = unit_costs(
                 question.shape, job, question.cluster, rank=rank, table=question.table
@@ -344,7 +345,15 @@ class Work:
     def whole(self, job: Job, rank: int = 0) -> float:
         """Seconds of all units of one micro-batch, on the device of a rank."""
         self.costs(job, rank)
-        return self._sums[(*_sizes(job), self.question.cluster.device(rank).name)]
+        return self._sums[self._key(job, rank)]
+
+    def _key(self, job: Job, rank: int) -> tuple[Any, ...]:
+        """What the seconds of all units depend on."""
+        key = (*_sizes(job), self.question.cluster.device(rank).name)
+        # Measured seconds are the mean of a step's, the first of which adds to no gradient.
+        if self.question.table is None:
+            return key
+        return (*key, job.micro_batches, job.pp > 1 and job.schedule in SPLIT)
 
     def speeds(self, job: Job) -> list[float]:
         """Of each pipeline rank, the slowest of its devices, relative to rank 0's."""
@@ -653,9 +662,11 @@ def legal_jobs(question: Question) -> Iterator[Job]:
     """Every combination that training could run, with the fixed fields as they are given."""
     fixed = dict(question.fixed)
     ranks = question.cluster.ranks
+    # Where micro-batches were measured, no formula competes with them.
+    sizes = (question.table and question.table.micro_batches) or MICRO_BATCHES
     for pp, tp, dp in _meshes(question):
         for experts in _expert_layouts(question, dp, tp):
-            for micro_batch in _given(fixed, "micro_batch", MICRO_BATCHES):
+            for micro_batch in _given(fixed, "micro_batch", sizes):
                 if question.global_batch % (micro_batch * dp):
                     continue
                 for schedule, interleave in _schedules(fixed, pp):

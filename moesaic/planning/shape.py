@@ -274,6 +274,13 @@ class ModelShape:
         return replace(self, layers=self.layers[:layers], name=name or self.name)
 
 
+def unit_names(shape: ModelShape) -> list[str]:
+    """Every unit, in order, as a plan's file names them."""
+    parts = ("attention", "feed_forward")
+    layers = [f"{layer}.{part}" for layer in range(len(shape.layers)) for part in parts]
+    return ["embedding", *layers, "head"]
+
+
 def _network(prefix: str, hidden: int, inner: int, count: int) -> tuple[Matrix, ...]:
     return (
         Matrix(f"{prefix}up", hidden, (count - 1) * inner, "columns"),

@@ -13,10 +13,11 @@ from moesaic.config import load_toml
 from moesaic.errors import PlanError
 from moesaic.planning.cluster import read_cluster
 from moesaic.planning.config import PlanTrainConfig
-from moesaic.planning.cost import MeasuredTable, default_stages
+from moesaic.planning.cost import default_stages
 from moesaic.planning.explain import as_json, bounds, gains, uniform
 from moesaic.planning.fitting import check_fit
 from moesaic.planning.job import Job, job_of
+from moesaic.planning.measured import MeasuredTable
 from moesaic.planning.plan import Recompute, TrainPlan
 from moesaic.planning.search import (
     RECOMPUTE,
@@ -26,7 +27,7 @@ from moesaic.planning.search import (
     evaluate,
     search,
 )
-from moesaic.planning.shape import read_shape
+from moesaic.planning.shape import read_shape, unit_names
 from moesaic.planning.split import Span
 
 GB = 1e9
@@ -252,18 +253,20 @@ def _of_file(question: Question, path: Path) -> Answer:
         if name in question.fixed
     }
     job = job_of(plan, sequence=question.sequence, global_batch=question.global_batch, **more)
+    if question.table is not None:
+        question.table.check(
+            question.shape,
+            sequence=job.sequence,
+            dtype=job.dtype,
+            micro_batch=job.micro_batch,
+            ranks=job.world_size,
+        )
     if plan.stages is None:
         stages = default_stages(question.shape, job.stages)
     else:
-        names = {name: n for n, name in enumerate(_unit_names(question))}
+        names = {name: n for n, name in enumerate(unit_names(question.shape))}
         try:
             stages = tuple((names[s.first], names[s.last] + 1) for s in plan.stages)
         except KeyError as error:
             raise PlanError(f"{path} names the unit {error}, which the model lacks.") from None
     return evaluate(question, job, stages, plan.recompute)
-
-
-def _unit_names(question: Question) -> list[str]:
-    from moesaic.planning.cost import unit_names
-
-    return unit_names(question.shape)

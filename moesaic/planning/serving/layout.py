@@ -250,64 +250,105 @@ def _fit_heads(
         counts = deal(spec.num_kv_heads, shares, spec.num_layers, rotated=rotated)
         splits = [Split.from_counts(count) for count in counts]
         return [(split.scaled(group), split) for split in splits]
-    held = [Fraction(0)] * len(shares)
-    layers: list[tuple[Split, Split]] = []
-    for layer in range(spec.num_layers):
-        due = [(layer + 1) * spec.num_heads * share for share in shares]
-        wanted = [due[rank] - held[rank] for rank in range(len(shares))]
-        if rotated or not layers:
-            queries, kv = _share_kv_heads(spec.num_kv_heads, group, shares, wanted)
-        layers.append((queries, kv))
-        held = [have + size for have, size in zip(held, queries.sizes, strict=True)]
-    return layers
+    first = _share_kv_heads(spec.num_kv_heads, group, shares)
+    layers = [list(first) for _ in range(spec.num_layers)]
+    if rotated:
+        _rotate(layers, shares)
+        _even_out(layers, shares)
+    return [
+        (Split(tuple(piece.heads for piece in pieces)), Split(tuple(piece.kv for piece in pieces)))
+        for pieces in layers
+    ]
 
 
-def _share_kv_heads(
-    kv_heads: int, group: int, shares: Sequence[Fraction], wanted: Sequence[Fraction]
-) -> tuple[Split, Split]:
-    """One layer where ranks outnumber key-value heads: at most one such head a rank.
+class Piece(NamedTuple):
+    """What a rank holds of a layer in which key-value heads are shared."""
 
-    Args:
-        kv_heads: Key-value heads.
-        group: Query heads of each.
-        shares: Of each rank.
-        wanted: Query heads that a rank lacks of its part of the layers up to this one.
-    """
-    members = _members(kv_heads, group, shares, wanted)
-    heads: list[Span] = [(0, 0)] * len(shares)
-    kv: list[Span] = [(0, 0)] * len(shares)
+    heads: Span = (0, 0)
+    kv: Span = (0, 0)
+
+    @property
+    def size(self) -> int:
+        """Query heads."""
+        return self.heads[1] - self.heads[0]
+
+
+def _share_kv_heads(kv_heads: int, group: int, shares: Sequence[Fraction]) -> list[Piece]:
+    """One layer where ranks outnumber key-value heads: at most one such head a rank."""
+    members = _members(kv_heads, group, shares)
+    pieces = [Piece()] * len(shares)
     for head, ranks in enumerate(members):
-        sum_of_shares = sum(shares[rank] for rank in ranks)
-        counts = {rank: math.floor(group * shares[rank] / sum_of_shares) for rank in ranks}
-        lacking = sorted(ranks, key=lambda rank: (counts[rank] - wanted[rank], rank))
-        for rank in lacking[: group - sum(counts.values())]:
-            counts[rank] += 1
+        counts = dict(zip(ranks, apportion(group, [shares[rank] for rank in ranks]), strict=True))
         start = head * group
         for rank in sorted(ranks):
             if counts[rank]:
-                heads[rank] = (start, start + counts[rank])
-                kv[rank] = (head, head + 1)
+                pieces[rank] = Piece((start, start + counts[rank]), (head, head + 1))
                 start += counts[rank]
-    return Split(tuple(heads)), Split(tuple(kv))
+    return pieces
 
 
-def _members(
-    kv_heads: int, group: int, shares: Sequence[Fraction], wanted: Sequence[Fraction]
-) -> list[list[int]]:
-    """Ranks that hold each key-value head: whoever lacks most goes where least is wanted."""
+def _rotate(layers: list[list[Piece]], shares: Sequence[Fraction]) -> None:
+    """Pass what equal ranks hold of a layer on to the next of them, layer by layer."""
+    for share in set(shares):
+        equals = [rank for rank, other in enumerate(shares) if other == share]
+        for layer, pieces in enumerate(layers):
+            held = [pieces[rank] for rank in equals]
+            for number, rank in enumerate(equals):
+                pieces[rank] = held[(number + layer) % len(equals)]
+
+
+def _even_out(layers: list[list[Piece]], shares: Sequence[Fraction]) -> None:
+    """Exchange what two equal ranks hold of one layer or two, while that brings them closer.
+
+    Sizes within a layer stay what they are, so only sums over layers change, and the sum of
+    their squares falls with each exchange.
+    """
+    sums = [sum(piece.size for piece in rank) for rank in zip(*layers, strict=True)]
+    pairs = [
+        (full, free)
+        for full, free in itertools.permutations(range(len(shares)), 2)
+        if shares[full] == shares[free]
+    ]
+    while True:
+        for full, free in pairs:
+            moved = _exchange(layers, full, free, below=sums[full] - sums[free])
+            if moved:
+                break
+        else:
+            return
+        for layer in moved:
+            pieces = layers[layer]
+            change = pieces[full].size - pieces[free].size
+            sums[full], sums[free] = sums[full] - change, sums[free] + change
+            pieces[full], pieces[free] = pieces[free], pieces[full]
+
+
+def _exchange(layers: list[list[Piece]], full: int, free: int, *, below: int) -> tuple[int, ...]:
+    """One or two layers over which `full` holds more than `free`, but by less than `below`."""
+    if below < 2:
+        return ()
+    first: dict[int, int] = {}
+    for layer, pieces in enumerate(layers):
+        more = pieces[full].size - pieces[free].size
+        if 0 < more < below:
+            return (layer,)
+        for other_more, other in first.items():
+            if 0 < more + other_more < below:
+                return (other, layer)
+        first.setdefault(more, layer)
+    return ()
+
+
+def _members(kv_heads: int, group: int, shares: Sequence[Fraction]) -> list[list[int]]:
+    """Ranks that hold each key-value head: the largest first, where shares add up to least."""
     active = [rank for rank, share in enumerate(shares) if share]
-    active.sort(key=lambda rank: (-wanted[rank], rank))
     assert len(active) > kv_heads, f"{active=}, {kv_heads=}"
-    active = active[: kv_heads * group]
-    is_even = len({share for share in shares if share}) == 1
-    most = -(-len(active) // kv_heads) if is_even else group
+    active.sort(key=lambda rank: (-shares[rank], rank))
     members: list[list[int]] = [[] for _ in range(kv_heads)]
-    sums = [Fraction(0)] * kv_heads
-    for rank in active:
+    for rank in active[: kv_heads * group]:
         head = min(
-            (head for head in range(kv_heads) if len(members[head]) < most),
-            key=lambda head: (bool(members[head]), sums[head], head),
+            (head for head in range(kv_heads) if len(members[head]) < group),
+            key=lambda head: (sum(shares[rank] for rank in members[head]), head),
         )
         members[head].append(rank)
-        sums[head] += wanted[rank]
     return members
