@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from moesaic.errors import ConfigError
+from moesaic.parallel.config import LaunchConfig
 
 LEAST_DIVISOR = 1e-6
 """Scores divided by less might overflow float32, and infinite ones have no probabilities."""
@@ -75,8 +76,6 @@ class SamplingConfig:
     ignore_eos: bool = False
     """Take the model's own end tokens for text like any other."""
 
-    _least_new_tokens: ClassVar[int] = 1
-
     def __post_init__(self) -> None:
         if not (self.temperature == 0 or LEAST_DIVISOR <= self.temperature < math.inf):
             raise ConfigError(
@@ -99,14 +98,15 @@ class SamplingConfig:
                     f"{name} is {getattr(self, name)}. Choose from {-MOST_PENALTY:g} to "
                     f"{MOST_PENALTY:g}; 0 is off."
                 )
-        if self.max_new_tokens < self._least_new_tokens:
-            raise ConfigError(
-                f"max_new_tokens is {self.max_new_tokens}. Ask for at least "
-                f"{self._least_new_tokens}."
-            )
+        least = self._least_new_tokens()
+        if self.max_new_tokens < least:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}. Ask for at least {least}.")
         if "" in self.stop:
             raise ConfigError("A stop text is empty, so every answer would be. Leave it out.")
         self._check_grammar()
+
+    def _least_new_tokens(self) -> int:
+        return 1
 
     def _check_grammar(self) -> None:
         if self.regex is not None and self.json_schema is not None:
@@ -146,8 +146,6 @@ class RequestConfig(SamplingConfig):
     over all."""
 
     def __post_init__(self) -> None:
-        if self.prompt_logprobs or self.embedding != "none":
-            object.__setattr__(self, "_least_new_tokens", 0)
         super().__post_init__()
         if self.n < 1:
             raise ConfigError(f"n is {self.n}. Ask for at least 1 answer.")
@@ -163,6 +161,9 @@ class RequestConfig(SamplingConfig):
                     f"The logit_bias of token {token} is {bias}. Choose from {-MOST_PENALTY:g} "
                     f"to {MOST_PENALTY:g}."
                 )
+
+    def _least_new_tokens(self) -> int:
+        return 0 if self.prompt_logprobs or self.embedding != "none" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,7 @@ class EngineConfig:
 
     weights: Weights = "auto"
     """What matrices are stored in while serving; auto: 8-bit where the folder has them so, else as
-    dtype. Ours alone, where there is a plan, if it agrees."""
+    dtype."""
 
     kv_cache: KVCache = "auto"
     """What keys and values are stored in; auto: as dtype."""
@@ -274,3 +275,158 @@ class GenerateConfig(SamplingConfig):
                     f"{name} is {getattr(self, name)}, but temperature 0 always takes the "
                     f"likeliest token. Set a temperature such as 0.7, or leave {name} out."
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(EngineConfig):
+    """An engine behind HTTP. Every default is Moesaic's own choice."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 lets other machines in: give api_keys then."""
+
+    port: int = 8000
+    """Port to listen on; 0 takes any that is free, and says which."""
+
+    name: str | None = None
+    """What clients call the model; none: what its folder is called."""
+
+    ranks: int | None = None
+    """Start so many processes on this machine, each with its share of every layer; none: as many
+    as the plan has, or one."""
+
+    api_keys: Path | None = None
+    """File with one key a line. A request must carry one of them; none lets everyone in."""
+
+    max_new_tokens: int | None = None
+    """Tokens of one answer; a request for more is refused. None: up to the end of the context."""
+
+    max_requests: int = 512
+    """HTTP requests at the same time; more are answered 503."""
+
+    max_body_bytes: int = 8 * 2**20
+    """Longest body of a request."""
+
+    body_seconds: float = 30.0
+    """Longest that the body of a request may take to come."""
+
+    request_seconds: float = 600.0
+    """Longest that an answer may take, from first to last."""
+
+    write_seconds: float = 60.0
+    """A client that reads nothing for so long is given up."""
+
+    drain_seconds: float = 60.0
+    """When asked to stop, answers that were begun have so long to end."""
+
+    log: Literal["text", "json", "none"] = "text"
+    """How each request is written to stderr, in one line."""
+
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """How ranks start, and how often they start again."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_new_tokens", "max_requests", "max_body_bytes", "ranks"):
+            self._check_count(name, 1)
+        if not 0 <= self.port < 2**16:
+            raise ConfigError(f"port is {self.port}. Choose from 0 to {2**16 - 1}.")
+        for name in ("body_seconds", "request_seconds", "write_seconds", "drain_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}. Choose above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """A conversation at the terminal."""
+
+    model: str
+    """Model folder, or the address of a server that speaks OpenAI's API, as
+    http://127.0.0.1:8000."""
+
+    system: str | None = None
+    """System message; none leaves the template's own."""
+
+    temperature: float = 0.7
+    """0 takes the likeliest token every time."""
+
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together have this probability; 1 for all."""
+
+    seed: int | None = None
+    """Same seed, same conversation; none draws a new seed for each answer."""
+
+    max_new_tokens: int = 1024
+    """Stop an answer after this many tokens."""
+
+    name: str | None = None
+    """The model's name on the server; none: the first that it lists."""
+
+    api_key: str | None = None
+    """Key for the server; none: what OPENAI_API_KEY says, if anything."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 2:
+            raise ConfigError(f"temperature is {self.temperature}. Choose from 0 to 2.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}. Choose above 0, at most 1.")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}. Ask for at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchServeConfig:
+    """Load for a server that speaks OpenAI's API, and what is measured of it."""
+
+    url: str
+    """Its address, as http://127.0.0.1:8000."""
+
+    name: str | None = None
+    """The model's name there; none: the first that the server lists."""
+
+    api_key: str | None = None
+    """Key for the server; none: what OPENAI_API_KEY says, if anything."""
+
+    requests: int = 64
+    """Requests in all."""
+
+    concurrency: int | None = None
+    """Requests at the same time: as one ends the next begins. None: 8, unless rate is given."""
+
+    rate: float | None = None
+    """Requests a second, at random moments (Poisson), however many are open."""
+
+    prompt_tokens: tuple[int, int] = (64, 256)
+    """Least and most tokens of a prompt, drawn evenly. Exact with a tokenizer, else words."""
+
+    output_tokens: tuple[int, int] = (32, 128)
+    """Least and most tokens of an answer, drawn evenly."""
+
+    tokenizer: Path | None = None
+    """Model folder whose tokenizer the server has, so that prompts have exact lengths."""
+
+    ignore_eos: bool = True
+    """Ask for answers of exactly the length drawn. Not every server knows it: turn it off there."""
+
+    seed: int = 0
+    """Same seed, same prompts, lengths and moments."""
+
+    timeout_seconds: float = 300.0
+    """A request that takes longer has failed."""
+
+    out: Path | None = None
+    """Folder for `bench.json` and `bench.svg`; none only prints."""
+
+    def __post_init__(self) -> None:
+        if self.concurrency is not None and self.rate is not None:
+            raise ConfigError(
+                "Both concurrency and rate are given. One fixes how many requests are open, the "
+                "other how many begin; choose one."
+            )
+        for name in ("requests", "concurrency", "rate", "timeout_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {value}. Choose above 0.")
+        for name in ("prompt_tokens", "output_tokens"):
+            least, most = getattr(self, name)
+            if not 1 <= least <= most:
+                raise ConfigError(f"{name} is {least} to {most}. Choose 1 or more, least first.")

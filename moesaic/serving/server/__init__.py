@@ -1,0 +1,1 @@
+"""An engine over HTTP, spoken to as OpenAI's API is."""
