@@ -11,13 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.parallel.mailbox import Mailbox
+
+_LARGE_SUM = 2**18
+"""Bytes beyond which a sum is shared out among more than two ranks. Ours."""
+
+_TELL_NUMBERS = 512
+"""Integers that are told in one go; a decoding step of some twenty answers has fewer."""
 
 
 class Group:
@@ -43,11 +49,44 @@ class Group:
         self.process_group = process_group
         self._mailbox = mailbox
 
+    @classmethod
+    def of_all(cls, device: torch.device | str = "cpu") -> Self:
+        """All ranks of torch's process group; this process alone where there is none.
+
+        Every rank must come here. On a CPU they share memory if they are of one machine.
+        """
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls()
+        size, rank, world = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
+        assert world is not None, "no process group, though torch.distributed is initialised"
+        on_cpu = torch.device(device).type == "cpu"
+        return cls(size, rank, world, Mailbox.open(size, rank, world) if on_cpu else None)
+
+    @torch.no_grad()
     def sum_(self, x: Tensor) -> Tensor:
-        """Add `x` over the group, in place."""
-        if self.size > 1:
+        """Add `x` over the group, in place: the same result on every rank, bit for bit.
+
+        Ranks that share memory add up in the order of ranks, at least in float32.
+        """
+        if self.size == 1:
+            return x
+        if self._mailbox is None:
             dist.all_reduce(x, group=self.process_group)
-        return x
+            return x
+        if self.size > 2 and x.nbytes > _LARGE_SUM and x.is_contiguous():
+            # Each adds up a part: then nobody reads more than twice what there is.
+            flat = x.view(-1)
+            even = [len(part) for part in flat.tensor_split(self.size)]
+            flat.copy_(self.gather(self.scatter_sum(flat, even), even))
+            return x
+        parts = self._mailbox.exchange([x] * self.size, [x.shape] * self.size, x.dtype)
+        if self.size == 2:
+            return torch.add(parts[0], parts[1], out=x)
+        wide = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else x.dtype
+        total = parts[0].to(wide, copy=True)
+        for part in parts[1:]:
+            total += part
+        return x.copy_(total)
 
     def gather(self, x_r: Tensor, sizes: Sequence[int], *, dim: int = 0) -> Tensor:
         """All ranks' parts side by side along `dim`.
@@ -77,6 +116,51 @@ class Group:
             return joined.view(_resized(x_r, dim, sum(sizes)))
         parts = zip(joined.split(counts), shapes, strict=True)
         return torch.cat([part.view(shape) for part, shape in parts], dim)
+
+    def gather_on_first(self, x_r: Tensor, sizes: Sequence[int], *, dim: int = 0) -> Tensor | None:
+        """As `gather`, on rank 0; None on the others."""
+        if self.size == 1:
+            return x_r
+        if self._mailbox is None:
+            joined = self.gather(x_r, sizes, dim=dim)
+            return joined if self.rank == 0 else None
+        nothing = x_r.new_empty(0)
+        shapes = [_resized(x_r, dim, size) if self.rank == 0 else [0] for size in sizes]
+        mine = [x_r, *[nothing] * (self.size - 1)]
+        parts = self._mailbox.exchange(mine, shapes, x_r.dtype)
+        return torch.cat(parts, dim) if self.rank == 0 else None
+
+    def tell(self, numbers: Sequence[int] | None) -> list[int]:
+        """What rank 0 says, on every rank: any number of integers. The others give None."""
+        if self.size == 1:
+            assert numbers is not None, "rank 0 has something to say"
+            return list(numbers)
+        head = torch.zeros(_TELL_NUMBERS, dtype=torch.int64)
+        if numbers is not None:
+            said = torch.tensor(numbers, dtype=torch.int64)
+            head[0] = len(said)
+            head[1 : 1 + len(said)] = said[: _TELL_NUMBERS - 1]
+        head = self._from_first(head)
+        count = int(head[0])
+        found = head[1 : 1 + count].tolist()
+        if count > len(found):
+            rest = torch.zeros(count - len(found), dtype=torch.int64)
+            if numbers is not None:
+                rest.copy_(said[len(found) :])
+            found += self._from_first(rest).tolist()
+        return found
+
+    def _from_first(self, x: Tensor) -> Tensor:
+        """What rank 0 has in a tensor that is of one shape everywhere, on the CPU."""
+        if self._mailbox is None:
+            device = "cpu" if dist.get_backend(self.process_group) == "gloo" else None
+            moved = x if device == "cpu" else x.cuda()
+            dist.broadcast(moved, 0, group=self.process_group)
+            return moved.cpu()
+        nothing = x.new_empty(0)
+        mine = [x if self.rank == 0 else nothing] * self.size
+        shapes = [x.shape if rank == 0 else (0,) for rank in range(self.size)]
+        return self._mailbox.exchange(mine, shapes, x.dtype)[0]
 
     def gather_into(self, out: Tensor, x: Tensor) -> None:
         """All ranks' parts, of equal length, one after the other. `x` may lie in its place."""
@@ -150,6 +234,26 @@ class Group:
         received = torch.empty_like(counts_n)
         dist.all_to_all_single(received, counts_n.contiguous(), group=self.process_group)
         return received
+
+    def pass_on(self, x: Tensor, *, distance: int = 1) -> bool:
+        """Send `x` so many ranks further, as stages do, or receive into it from there.
+
+        The first `distance` ranks send, the next as many receive, and so on; one whose partner
+        would be beyond the last rank does nothing.
+
+        Returns:
+            Whether this rank sent or received.
+        """
+        sends = self.rank // distance % 2 == 0
+        partner = self.rank + (distance if sends else -distance)
+        if partner >= self.size:
+            return False
+        assert self.process_group is not None, f"{self.size=}"
+        there = dist.get_global_rank(self.process_group, partner)
+        action = dist.P2POp(dist.isend if sends else dist.irecv, x, there, self.process_group)
+        for work in dist.batch_isend_irecv([action]):
+            work.wait()
+        return True
 
     def objects(self, mine: Any) -> list[Any]:
         """What every rank gave, in the order of ranks. For small things; they are pickled."""
