@@ -26,6 +26,8 @@ _HOMES = {
     "PlanTrainConfig": "moesaic.planning.config",
     "plan_check": "moesaic.planning.check",
     "PlanCheckConfig": "moesaic.planning.config",
+    "measure": "moesaic.measuring.measure",
+    "MeasureConfig": "moesaic.measuring.config",
     "evaluate": "moesaic.evaluation.evaluate",
     "EvaluateConfig": "moesaic.evaluation.config",
     "quantize": "moesaic.quantizing.quantize",

@@ -60,6 +60,7 @@ TORCH_FREE = (
     "moesaic.cli.prepare",
     "moesaic.cli.train",
     "moesaic.cli.plan",
+    "moesaic.cli.measure",
     "moesaic.cli.evaluate",
     "moesaic.cli.quantize",
     "moesaic.cli.generate",

@@ -26,6 +26,7 @@ VERBS = {
     "prepare": "Turn text into training data.",
     "plan train": "Find the fastest legal layout for training on a cluster.",
     "plan check": "Hold the planner's predictions against published runs.",
+    "measure": "Time a model's layers and the links between ranks, for the planner.",
     "train": "Train a model, dense or mixture of experts.",
     "evaluate": "Measure held-out loss and perplexity.",
     "quantize": "Shrink a model to FP8.",

@@ -36,6 +36,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from moesaic.errors import MoesaicError
 from moesaic.parallel.backward import only
@@ -287,6 +288,31 @@ class _Stage(PipelineStage):
     def _let_go(infos: Sequence[Any]) -> None:
         for info in infos:
             info.buffer = None
+
+
+def input_gradient(y: Tensor, gradient: Tensor | None, x: Tensor, module: nn.Module) -> Any:
+    """The first part of a backward pass, as zero-bubble schedules run it; adds to `x.grad`.
+
+    Args:
+        y: What `module` made of `x`; a scalar needs no gradient.
+        gradient: Its gradient.
+        x: What that is for.
+        module: Whose weights' gradients are left for later.
+
+    Returns:
+        What `weight_gradient` goes on from.
+    """
+    with only(activations=True):
+        _, rest = stage_backward_input(
+            [y], None if gradient is None else [gradient], [x], module.parameters()
+        )
+    return rest
+
+
+def weight_gradient(module: nn.Module, rest: Any) -> None:
+    """The second part: adds to the gradient of every weight."""
+    with only(weights=True):
+        stage_backward_weight(module.parameters(), rest)
 
 
 def _gather_weights(stage: nn.Module) -> None:

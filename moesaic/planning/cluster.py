@@ -6,7 +6,8 @@ Presets lie in `clusters/`, one TOML file a device, with the source of each numb
 cluster's own file is of the same form; `device = "h100"` in its [[nodes]] takes a preset's device,
 and what is left out there takes the preset's value:
 
-    [[nodes]]       device (a name or a table), devices, count, link_bandwidth, link_latency
+    [[nodes]]       device (a name or a table), devices, count, link_bandwidth, link_latency,
+                    link_efficiency, sum_bandwidth, sum_latency, peer_bandwidth
     [network]       bandwidth, latency
 
 Most clusters need no file, only a string:
@@ -89,6 +90,14 @@ class NodeSpec:
     """Part of it that collectives reach."""
     link_latency: float
     """Seconds of one step of an exchange inside the node."""
+    sum_bandwidth: float
+    """Bytes a second that a ring's sum of a few rows reaches, as in serving; not given: the part
+    of the links that collectives reach."""
+    sum_latency: float
+    """Seconds of one of its steps; not given: as for any exchange."""
+    peer_bandwidth: float | None = None
+    """The same as `sum_bandwidth` where a driver lets consumer cards reach each other's memory;
+    None: the driver makes no difference."""
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Where each number is from."""
 
@@ -285,17 +294,31 @@ def _cluster_of(raw: Mapping[str, Any], *, where: str) -> ClusterSpec:
         base = preset.nodes[0][0] if preset else None
         link, latency = (base.link_bandwidth, base.link_latency) if base else (None, None)
         reached = base.link_efficiency if base else DEFAULT_LINK
+        bandwidth = part.number("link_bandwidth", link)
+        efficiency = part.part("link_efficiency", reached)
+        delay = part.number("link_latency", latency, zero=True)
+        # What is known of a preset's sums says nothing of other links.
+        same = base if base and bandwidth == link and delay == latency else None
+        peer = same.peer_bandwidth if same else None
         node = NodeSpec(
             device=device,
             count=part.whole("devices", base.count if base else None),
-            link_bandwidth=part.number("link_bandwidth", link),
-            link_efficiency=part.part("link_efficiency", reached),
-            link_latency=part.number("link_latency", latency, zero=True),
+            link_bandwidth=bandwidth,
+            link_efficiency=efficiency,
+            link_latency=delay,
+            sum_bandwidth=part.number(
+                "sum_bandwidth", same.sum_bandwidth if same else bandwidth * efficiency
+            ),
+            sum_latency=part.number("sum_latency", same.sum_latency if same else delay, zero=True),
+            peer_bandwidth=part.number("peer_bandwidth", peer)
+            if "peer_bandwidth" in part.raw
+            else peer,
             sources=part.sources,
         )
         nodes.append((node, part.whole("count", 1)))
         part.refuse_others(
-            *("device", "devices", "count", "link_bandwidth", "link_efficiency", "link_latency")
+            *("device", "devices", "count", "link_bandwidth", "link_efficiency", "link_latency"),
+            *("sum_bandwidth", "sum_latency", "peer_bandwidth"),
         )
     network = _Table(table.table("network"), f"{where}, network")
     speed, delay = (preset.network_bandwidth, preset.network_latency) if preset else (None, None)
