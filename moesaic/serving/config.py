@@ -149,6 +149,8 @@ class RequestConfig(SamplingConfig):
         super().__post_init__()
         if self.n < 1:
             raise ConfigError(f"n is {self.n}. Ask for at least 1 answer.")
+        if self.n > 1 and (self.embedding != "none" or self.max_new_tokens == 0):
+            raise ConfigError(f"n is {self.n}, but without new tokens all answers are one. Drop n.")
         if not 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS:
             raise ConfigError(
                 f"top_logprobs is {self.top_logprobs}. Choose from 0 to {MOST_TOP_LOGPROBS}."

@@ -123,6 +123,8 @@ class Completion:
     stop: str | int | None = None
     prompt: tuple[Token, ...] = ()
     """Scores of the prompt's tokens, if asked for."""
+    embedding_D: Tensor | None = None
+    """The answer to an embedding request."""
     first_token_seconds: float | None = None
     """From submission to the first token; None if there was none."""
     decode_seconds: float = 0.0
@@ -153,7 +155,7 @@ class EngineStatistics:
     finished: dict[str, int] = field(default_factory=dict)
     """Answers ended, by finish reason."""
     prompt_tokens: int = 0
-    """Of answers that were admitted."""
+    """Of answers that ended."""
     cached_tokens: int = 0
     """Prompt tokens among them that were found in the cache."""
     computed_tokens: int = 0
