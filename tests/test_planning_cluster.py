@@ -138,7 +138,7 @@ def test_a_file_mixes_presets_and_devices_of_its_own(tmp_path):
 
 
 BAD_STRINGS = {
-    "8xFoo": "'Foo' is no device that the planner knows. Known are 3090, 4090, a100",
+    "8xFoo": "'Foo' is no device that the planner knows. Known are 3090, 4090, 4090-48gb, a100",
     "0xH100": "Give 1 to",
     "8x0xH100": "Give 1 to",
     "99999999xH100": "Give 1 to",
