@@ -212,10 +212,12 @@ class EngineConfig:
     max_context need, if memory_gib allows."""
 
     memory_gib: float | None = None
-    """What weights and cache may take, on each rank; none: half of what is free now."""
+    """What weights and cache may take, on each rank; none: half of what is free now, of a GPU's
+    nine tenths."""
 
-    block_tokens: int = 16
-    """Tokens in one block of the cache; prompts share whole blocks."""
+    block_tokens: int | None = None
+    """Tokens in one block of the cache, of which prompts share whole ones; none: as the plan says,
+    or 16."""
 
     prefix_cache: bool = True
     """Keep blocks of ended answers for prompts that begin alike."""

@@ -32,10 +32,14 @@ import torch
 from torch import Tensor
 
 from moesaic.console import note
+from moesaic.data.tokenizer import load_tokenizer
 from moesaic.errors import ConfigError, MoesaicError, ServingError, Unavailable
+from moesaic.parallel.group import ALONE, Group
+from moesaic.parallel.watch import Watch
 from moesaic.serving.config import EngineConfig, RequestConfig
 from moesaic.serving.engine.grammar import Grammar, Grammars
 from moesaic.serving.engine.live import Job, Live
+from moesaic.serving.engine.load import eos_token_ids, load_rank
 from moesaic.serving.engine.request import (
     Completion,
     EngineStatistics,
@@ -53,9 +57,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from moesaic.serving.execution.batch import Executor
-
-MOST_SCORES = 2**24
-"""Scores that a prompt whose tokens are all scored may ask for in one step: 64 MiB."""
 
 
 class Engine:
@@ -104,7 +105,8 @@ class Engine:
             executor.block_tokens,
             max_sequences=config.max_sequences,
             max_step_tokens=step_tokens,
-            max_step_rows=max(1, MOST_SCORES // spec.vocab_size),
+            # What the ledger of memory counts on: `max_rows`.
+            max_step_rows=max(1, 256 - config.max_sequences),
             prefix_cache=config.prefix_cache,
         )
         # Touched by the engine's thread alone.
@@ -126,13 +128,23 @@ class Engine:
         self._thread.start()
 
     @classmethod
-    def load(cls, config: EngineConfig) -> Self:
-        """Load model and tokenizer as the config says.
+    def load(
+        cls, config: EngineConfig, *, group: Group = ALONE, watch: Watch | None = None
+    ) -> Self:
+        """Load model and tokenizer as the config says; of several ranks the first one calls this.
+
+        The others call `load_rank` with the same config, and `follow` what it returns.
 
         Raises:
-            MoesaicError: The folder, the plan or the memory does not allow it.
+            MoesaicError: The folder, the plan, the device or the memory does not allow it.
         """
-        raise NotImplementedError
+        tokenizer = load_tokenizer(config.model)
+        executor = load_rank(config, group=group, watch=watch)
+        try:
+            return cls(executor, tokenizer, config, eos_token_ids=eos_token_ids(config.model))
+        except BaseException:
+            executor.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -531,11 +543,13 @@ class Engine:
         job = live.job
         if event.finish_reason is not None:
             self._let_go(live, event.finish_reason)
-        if job.is_deaf:
+        if job.is_deaf and event.finish_reason is None:
             return
         try:
             job.request.on_event(event)
         except Exception as error:
+            if job.is_deaf:
+                return
             job.is_deaf = True
             note(f"request {job.request.id} did not take an event: {type(error).__name__}: {error}")
             self._inbox.append(partial(self._cancel, job.request.id))

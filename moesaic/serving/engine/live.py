@@ -29,7 +29,7 @@ class Job:
     held: list[Live] = field(default_factory=list)
     """Answers that wait until the first one has put the prompt into the cache."""
     is_deaf: bool = False
-    """Whether it failed to take an event; it is given no more."""
+    """Whether it failed to take an event; it is given no more but the last ones."""
 
 
 class Live:

@@ -87,7 +87,8 @@ class Scheduler:
         block_tokens: Positions in each.
         max_sequences: Answers that run at the same time.
         max_step_tokens: Tokens in one step.
-        max_step_rows: Scores that one answer with `every_row` may ask for in a step.
+        max_step_rows: Rows that answers with `every_row` may ask for in a step, beside the one
+            that every answer may.
         prefix_cache: Whether to reuse blocks of prompts that begin alike.
     """
 
@@ -134,14 +135,16 @@ class Scheduler:
         if self._grow() == 0:
             self._admit()
         hidden = self._whose_turn()
-        budget = self._max_step_tokens
+        tokens, rows = self._max_step_tokens, self._max_step_rows
         works = []
         for answer in self._by_urgency():
-            if budget == 0:
+            if tokens == 0:
                 break
             if answer.hidden is hidden:
-                works.append(self._work(answer, budget))
-                budget -= works[-1].end - works[-1].start
+                work = self._work(answer, min(tokens, rows + 1) if answer.every_row else tokens)
+                works.append(work)
+                tokens -= work.end - work.start
+                rows -= max(0, work.rows - 1)
         return works
 
     def done(self, work: Work) -> None:
@@ -252,8 +255,6 @@ class Scheduler:
 
     def _work(self, answer: Answer, budget: int) -> Work:
         start = answer.computed
-        if answer.every_row:
-            budget = min(budget, self._max_step_rows)
         end = min(len(answer.tokens), start + budget)
         if answer.every_row:
             rows = max(0, end - max(start, answer.rows_given))

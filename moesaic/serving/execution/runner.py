@@ -17,6 +17,7 @@ Shapes.  T tokens of the step    D model width    N rows of scores asked for    
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -90,7 +91,7 @@ def load_executor(
         layout = fit(plan, read_spec(folder))
         _check_ranks(plan, group)
         _check_kinds(plan, dtype)
-        packed = _takes_packed(implementation, plan, dtype=dtype, device=torch.device(device))
+        packed = takes_packed(implementation, plan, dtype=dtype, device=torch.device(device))
         ledgers = ledger(
             layout,
             dtype=dtype,
@@ -138,7 +139,7 @@ class ModelExecutor:
         self.num_blocks = pools[0].k.shape[0]
         self.max_step_tokens = max_step_tokens
         kv_cache = sum(pool.nbytes for pair in pools for pool in pair)
-        self.memory: list[RankMemory] = group.objects(RankMemory(layers.nbytes, kv_cache))
+        self.memory: Sequence[RankMemory] = group.objects(RankMemory(layers.nbytes, kv_cache))
         self._watch = watch
         self._frequencies = frequencies_of(self.spec, layers.device)
         self._fault: ServingError | None = None
@@ -244,10 +245,14 @@ def _check_kinds(plan: ServePlan, dtype: Dtype) -> None:
             )
 
 
-def _takes_packed(
+def takes_packed(
     implementation: Implementation, plan: ServePlan, *, dtype: Dtype, device: torch.device
 ) -> bool:
-    """Whether to compute with our own kernels."""
+    """Whether to compute with our own kernels, whose matrices are packed.
+
+    Raises:
+        ConfigError: They are asked for, and cannot be used.
+    """
     if implementation == "torch":
         return False
     reasons = [
@@ -274,7 +279,7 @@ def _takes_packed(
 
 def _check_memory(ledgers: tuple[RankLedger, ...], rank: int, device: torch.device) -> None:
     """Refuse what does not fit into what is free now; on a CPU ranks of a machine share it."""
-    free = _free_bytes(device)
+    free = free_bytes(device)
     if free is None:
         return
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
@@ -293,7 +298,7 @@ def _check_memory(ledgers: tuple[RankLedger, ...], rank: int, device: torch.devi
         )
 
 
-def _free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     """Memory that can still be allocated; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
