@@ -8,14 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moesaic.checkpoint.folder import read_spec
 from moesaic.errors import ConfigError, FolderError, PlanError
 from moesaic.model.build import load_model
+from moesaic.planning.serving.layout import fit
 from moesaic.planning.serving.ledger import ledger
 from moesaic.planning.serving.plan import ServePlan
 from moesaic.quantizing.config import QuantizeConfig
 from moesaic.quantizing.quantize import quantize
 from moesaic.serving.execution.batch import Batch, Chunk
-from moesaic.serving.execution.runner import load_executor
+from moesaic.serving.execution.layers import allocate_cache
+from moesaic.serving.execution.packed import NativeLayers
+from moesaic.serving.execution.runner import ModelExecutor, load_executor
+from moesaic.serving.execution.weights import RankReader
+from moesaic.serving.native import build
 from moesaic.spec import MoESpec, RopeSpec
 from tests.greedy import greedy
 from tests.tiny import LLAMA, MIXTRAL, QWEN2, TINY, tiny_folder, token_ids
@@ -187,6 +193,38 @@ def test_rounded_weights_and_caches_are_near_and_take_the_bytes_of_the_ledger(
     [planned] = ledger(executor.layout, dtype=dtype, packed=False, max_step_tokens=64)
     [allocated] = executor.memory
     assert (allocated.weights, allocated.kv_cache) == (planned.weight_bytes, planned.kv_bytes)
+
+
+KINDS = [("bfloat16", "bfloat16"), ("float8", "bfloat16"), ("int8", "float8")]
+
+
+def native_executor(folder, plan, *, native):
+    layout = fit(plan, read_spec(folder))
+    with RankReader(folder, layout, dtype="bfloat16") as reader:
+        layers = NativeLayers(reader, native=native)
+    return ModelExecutor(layout, layers, allocate_cache(layout, 0, plan.kv_blocks))
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["torch path", "C++"])
+@pytest.mark.parametrize(("weights", "kv_cache"), KINDS, ids=map("-".join, KINDS))
+@pytest.mark.parametrize("name", SPECS)
+def test_packed_layers_are_as_near_as_torch_s(tmp_path, name, weights, kv_cache, native):
+    if native and not build.available():
+        pytest.skip("the C++ kernels cannot be used here")
+    folder = tiny_folder(tmp_path / "m", SPECS[name], tokenizer=False, dtype=torch.bfloat16)
+    ids = token_ids(1, 23, seed=1)[0].tolist()
+    exact = logits_of(executor_of(folder), ids)
+    plan = replace(FLOAT32, weights=weights, kv_cache=kv_cache)
+    torch_s = executor_of(folder, plan, dtype="bfloat16", implementation="torch")
+    executor = native_executor(folder, plan, native=native)
+    theirs, found = (logits_of(each, ids, chunk=9) for each in (torch_s, executor))
+    # Routers may decide near ties otherwise, so that a few tokens differ by more.
+    error, allowed = ((part - exact).abs().mean() for part in (found, theirs))
+    assert float(error) < 1.5 * float(allowed)
+    if native:
+        [planned] = ledger(executor.layout, dtype="bfloat16", packed=True, max_step_tokens=64)
+        [allocated] = executor.memory
+        assert (allocated.weights, allocated.kv_cache) == (planned.weight_bytes, planned.kv_bytes)
 
 
 @pytest.mark.parametrize("format", ["float8", "int8"])

@@ -29,6 +29,7 @@ from moesaic.moe.dispatch import combine, gather, plan_dispatch
 from moesaic.moe.experts import grouped_swiglu
 from moesaic.moe.router import Router, sum_to_one
 from moesaic.planning.serving.layout import ServeLayout
+from moesaic.planning.split import Span
 from moesaic.quantization.fp8 import FP8_MAX
 from moesaic.serving.execution.batch import Batch, Chunk
 from moesaic.serving.execution.weights import (
@@ -217,6 +218,15 @@ class Layers(Protocol):
         """Of all weights."""
 
 
+def look_up(tokens_T: Tensor, rows_vD: Tensor, vocab: Span) -> Tensor:
+    """Vectors of tokens, (T, D), from the rows of the vocabulary held here; zeros for others."""
+    if rows_vD.shape[0] == 0:
+        return rows_vD.new_zeros(tokens_T.shape[0], rows_vD.shape[1])
+    is_ours_T = (tokens_T >= vocab[0]) & (tokens_T < vocab[1])
+    ids_T = (tokens_T - vocab[0]).where(is_ours_T, 0)
+    return F.embedding(ids_T, rows_vD).masked_fill_(~is_ours_T[:, None], 0)
+
+
 class TorchLayers:
     """The layers in torch's own operations, on any device, in float32 or bfloat16.
 
@@ -257,14 +267,7 @@ class TorchLayers:
 
     def embed(self, step: Step) -> Tensor:
         """As `Layers.embed`."""
-        start, end = self._vocab
-        if (start, end) == (0, self.spec.vocab_size):
-            return F.embedding(step.tokens_T, self._embedding)
-        if start == end:
-            return self._embedding.new_zeros(step.tokens_T.shape[0], self.spec.hidden_dim)
-        is_ours_T = (step.tokens_T >= start) & (step.tokens_T < end)
-        ids_T = (step.tokens_T - start).where(is_ours_T, 0)
-        return F.embedding(ids_T, self._embedding).masked_fill(~is_ours_T[:, None], 0)
+        return look_up(step.tokens_T, self._embedding, self._vocab)
 
     def attend(self, layer: int, x_TD: Tensor, step: Step, pools: Pools) -> Tensor:
         """As `Layers.attend`."""

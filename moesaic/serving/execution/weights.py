@@ -23,14 +23,12 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint.folder import check_complete, read_config, refuse_infinite
+from moesaic.checkpoint.folder import check_complete, refuse_infinite
 from moesaic.checkpoint.names import disk_entries
 from moesaic.planning.serving.layout import LayerShard, ServeLayout
 from moesaic.planning.serving.ledger import Dtype
-from moesaic.planning.serving.plan import Weights
 from moesaic.planning.split import Span
 from moesaic.quantization import fp8, int8
-from moesaic.quantization.compressed import quantization_of
 from moesaic.quantization.reader import WideReader
 from moesaic.spec import ModelSpec, MoESpec
 
@@ -106,21 +104,6 @@ class MoEWeights(NamedTuple):
     """Columns of each."""
     shared: Network | None
     shared_gate_D: Tensor | None
-
-
-def stored_weights(folder: Path | str, dtype: Dtype) -> Weights:
-    """In what a folder has its matrices, so that nothing is rounded: what `auto` stands for.
-
-    Args:
-        folder: A model folder.
-        dtype: Of the activations; weights of 16 or 32 bits are taken in this.
-
-    Raises:
-        FolderError: There is no such folder.
-        SpecError: It is quantised in a way that is not read.
-    """
-    quantization = quantization_of(read_config(folder))
-    return dtype if quantization is None else quantization.format
 
 
 class RankReader:
