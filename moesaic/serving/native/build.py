@@ -17,7 +17,7 @@ LIBRARY = Library(
         *("avx512f", "avx512bw", "avx512vl", "avx512dq"),
         *("avx512bf16", "avx512vbmi", "amx-tile", "amx-bf16"),
     ),
-    needs=("avx512_bf16", "avx512_vbmi"),
+    needs=("avx512_bf16", "avx512vbmi"),
 )
 
 
