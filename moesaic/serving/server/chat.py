@@ -54,6 +54,7 @@ async def create_chat_completion(
 ) -> Response | ChatCompletion | None:
     """Answer a conversation; None to a client that has gone."""
     service.check_model(body.model)
+    http.state.facts["user"] = body.user
     template = chat_template(service.engine.tokenizer, body)
     # A thread, because long conversations take long, and other answers are being written.
     prompt_ids = await asyncio.to_thread(encode_chat, service.engine.tokenizer, body)
@@ -75,7 +76,7 @@ async def create_chat_completion(
     work = Work(service, http)
     await work.begin([prompt_ids], config)
     answers = [_Answer(index, body, template) for index in range(config.n)]
-    head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time())}
+    head: dict[str, Any] = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time())}
     if body.stream:
         pieces = _stream(work, answers, {**head, "model": service.name}, body)
         return EventStream(pieces, work, write_seconds=service.config.write_seconds)
@@ -140,7 +141,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerFast, body: ChatRequest) -> list[i
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _shown_tools(body: ChatRequest) -> list[dict[str, Any]] | None:
+def _shown_tools(body: ChatRequest) -> list[Any] | None:
     if not body.tools or body.tool_choice == "none":
         return None
     return [tool.model_dump(exclude_none=True) for tool in body.tools]

@@ -48,6 +48,7 @@ async def create_completion(
 ) -> Response | Completion | None:
     """Continue texts; None to a client that has gone."""
     service.check_model(body.model)
+    http.state.facts["user"] = body.user
     tokenizer = service.engine.tokenizer
     prompts = await asyncio.to_thread(encode_prompts, tokenizer, body.prompt)
     longest = max(len(prompt) for prompt in prompts)
@@ -68,7 +69,7 @@ async def create_completion(
         for number, text in enumerate(_echoes(tokenizer, body.prompt, prompts))
         for index in range(config.n)
     ]
-    head = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time())}
+    head: dict[str, Any] = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time())}
     if body.stream:
         pieces = _stream(work, answers, {**head, "model": service.name}, body, config.n)
         return EventStream(pieces, work, write_seconds=service.config.write_seconds)

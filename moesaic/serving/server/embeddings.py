@@ -29,6 +29,7 @@ async def create_embedding(
 ) -> EmbeddingList | None:
     """Embed texts; None to a client that has gone."""
     service.check_model(body.model)
+    http.state.facts["user"] = body.user
     prompts = await asyncio.to_thread(encode_prompts, service.engine.tokenizer, body.input)
     if not all(prompts):
         raise ApiFault(400, "An input is empty.", param="input", code="empty_prompt")

@@ -65,9 +65,6 @@ def fault_of_validation(errors: Sequence[dict[str, Any]], body: object) -> ApiFa
         )
     if error["type"] == "missing":
         return ApiFault(400, f"{param} is missing.", param=param, code="missing_required_parameter")
-    if error["type"] == "json_invalid":
-        detail = error.get("ctx", {}).get("error", "")
-        return ApiFault(400, f"The body is not JSON: {detail}.", code="invalid_json")
     reason = error["msg"].removeprefix("Value error, ")
     where = f"{param}: " if param else ""
     return ApiFault(400, f"{where}{reason}.", param=param or None, code="invalid_value")

@@ -96,6 +96,13 @@ class Gate:
         """Requests that are being answered, those for open paths aside."""
         self.is_draining = False
         """Whether new requests are turned away because the server is to end."""
+        self.stop_requests = 0
+        """How often it was asked to end. The first time it drains; the second it does not wait."""
+
+    def ask_to_stop(self) -> None:
+        """Take no more requests, and end once those that were begun have ended."""
+        self.stop_requests += 1
+        self.is_draining = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -132,8 +139,8 @@ class Gate:
             traceback.print_exc(file=sys.stderr)
             facts["fault"] = "a fault of the server"
             if status is None:
-                fault = ApiFault(500, "The server met a fault of its own. Its log has more.")
-                await fault.response()(scope, receive, send_marked)
+                own = ApiFault(500, "The server met a fault of its own. Its log has more.")
+                await own.response()(scope, receive, send_marked)
         finally:
             self.in_flight -= not is_open
             self._write(scope, status, time.perf_counter() - began, facts)

@@ -120,7 +120,7 @@ class BareCalls:
 
 
 class RequiredCalls:
-    """A JSON list of calls, as the grammar of `required_schema` has it. Each is given when whole."""
+    """A JSON list of calls, as `required_schema` has it. Each is given when it is whole."""
 
     def __init__(self) -> None:
         self._held = ""

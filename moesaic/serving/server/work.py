@@ -98,7 +98,7 @@ class Service:
 
 
 def sampling(body: SamplingFields, **more: Any) -> RequestConfig:
-    """What a request asks of the engine; `more` are fields that chat and completions spell apart."""
+    """What a request asks of the engine; `more` is what chat and completions spell apart."""
     temperature = 1.0 if body.temperature is None else body.temperature
     fields = {
         "temperature": temperature,

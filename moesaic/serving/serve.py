@@ -1,0 +1,223 @@
+"""The job behind `moesaic serve`: check, listen, load, answer until asked to stop, end in order.
+
+What can be wrong is looked at first, in this order, and said in one line: flags, keys, plan, model,
+memory, port. The port is taken before anything is loaded; who connects meanwhile is answered once
+the model is there.
+
+SIGTERM or Ctrl-C drains: new requests get 503 and when to come again, answers that were begun have
+`drain_seconds` to end. A second one stops at once.
+
+Over several ranks each holds its part of every layer, the first one speaks HTTP and the others
+compute what it tells them. When one is lost the first closes its connections without an end, so
+no client takes half an answer for a whole one, and all ranks end; `parallel.launch` starts them
+again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from moesaic.errors import ConfigError, FolderError, ServingError
+from moesaic.serving.config import ServeConfig
+from moesaic.serving.server.app import build_app
+from moesaic.serving.server.gate import Gate, RequestLog
+
+if TYPE_CHECKING:
+    from moesaic.serving.engine.engine import Engine
+
+SEND_BUFFER_BYTES = 2**18
+"""What the system holds of an answer that is not read yet. Its own choice grows to megabytes."""
+
+WATCH_SECONDS = 0.25
+"""A broken engine is noticed so soon."""
+
+CLOSE_SECONDS = 5
+"""Connections that are still open after draining are closed so late."""
+
+
+def read_keys(config: ServeConfig) -> tuple[str, ...]:
+    """The API keys that are let in.
+
+    Raises:
+        FolderError: Their file cannot be read.
+        ConfigError: It holds none, or one that no header can carry.
+    """
+    if config.api_keys is None:
+        return ()
+    try:
+        lines = config.api_keys.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FolderError(f"The keys in {config.api_keys} cannot be read: {error}.") from error
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise ConfigError(f"{config.api_keys} holds no key. Write one a line.")
+    if any(not (key.isascii() and key.isprintable()) or " " in key for key in keys):
+        raise ConfigError(f"A key in {config.api_keys} is not of printable ASCII without spaces.")
+    return keys
+
+
+@contextlib.contextmanager
+def listening(config: ServeConfig) -> Iterator[socket.socket]:
+    """A socket that takes connections from now on.
+
+    Raises:
+        ConfigError: The address is not of this machine, or is in use.
+    """
+    where = f"{config.host}:{config.port}"
+    try:
+        found = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise ConfigError(f"host {config.host!r} is not known: {error.strerror}.") from error
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # Connections inherit it: the system gives up a client that takes nothing, whatever
+            # still waits to be sent.
+            milliseconds = round(config.write_seconds * 1000)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        try:
+            listener.bind(address)
+            listener.listen(2048)
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot listen on {where}: {error.strerror}. Choose another port, or end what "
+                f"uses it."
+            ) from error
+        listener.setblocking(False)
+        yield listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """As a browser takes it."""
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{host}:{port}"
+
+
+def answer(
+    engine: Engine,
+    config: ServeConfig,
+    listener: socket.socket,
+    *,
+    keys: tuple[str, ...] = (),
+    log: RequestLog | None = None,
+    on_ready: Callable[[Gate], None] = lambda gate: None,
+) -> dict[str, Any]:
+    """Answer requests until this process is asked to stop.
+
+    Args:
+        engine: The model; closed by the caller.
+        config: Limits.
+        listener: Where clients connect.
+        keys: API keys; none lets everyone in.
+        log: Where requests are written.
+        on_ready: Called once requests are answered.
+
+    Returns:
+        `seconds` that it answered for, `answers` by how they ended, and whether it was `drained`:
+        nothing that was begun had to be cut short.
+
+    Raises:
+        ServingError: The engine broke.
+    """
+    log = log or RequestLog(config.log)
+    gate = build_app(engine, config, keys=keys, log=log)
+    began = time.monotonic()
+    drained = asyncio.run(_answer(engine, config, listener, gate, log, on_ready))
+    return {
+        "seconds": time.monotonic() - began,
+        "answers": engine.statistics().finished,
+        "drained": drained,
+    }
+
+
+async def _answer(
+    engine: Engine,
+    config: ServeConfig,
+    listener: socket.socket,
+    gate: Gate,
+    log: RequestLog,
+    on_ready: Callable[[Gate], None],
+) -> bool:
+    server = _Server(
+        uvicorn.Config(
+            gate,
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            log_level="critical",  # the gate writes what happens, and faults with their traceback
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+        )
+    )
+    with _signals(gate):
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        name = config.name or config.model.resolve().name
+        log.write("ready", url=address_of(listener), model=name, context=engine.max_context)
+        on_ready(gate)
+        while not serving.done() and not gate.stop_requests and not engine.statistics().is_broken:
+            await asyncio.sleep(WATCH_SECONDS)
+        drained = await _drain(engine, config, gate, log)
+        server.should_exit = True
+        server.force_exit = not drained  # else it would wait for what there is no time for
+        await serving
+    if engine.statistics().is_broken:
+        raise ServingError("The engine broke; its requests were told so, and none is taken.")
+    log.write("stopped", drained=drained)
+    return drained
+
+
+async def _drain(engine: Engine, config: ServeConfig, gate: Gate, log: RequestLog) -> bool:
+    """Wait until what was begun has ended; False if it took too long or is not wanted."""
+    gate.is_draining = True
+    if gate.in_flight:
+        log.write("draining", requests=gate.in_flight, seconds=config.drain_seconds)
+    end = time.monotonic() + config.drain_seconds
+    while gate.in_flight and time.monotonic() < end and gate.stop_requests < 2:
+        if engine.statistics().is_broken:  # each has been told; let that be sent
+            end = min(end, time.monotonic() + CLOSE_SECONDS)
+        await asyncio.sleep(0.02)
+    return not gate.in_flight
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which would close the port instead of draining."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def _signals(gate: Gate) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the server to stop, if this is the main thread, which has them."""
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if threading.current_thread() is not threading.main_thread():
+        kinds = []
+    loop = asyncio.get_running_loop()
+    for kind in kinds:
+        loop.add_signal_handler(kind, gate.ask_to_stop)
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            loop.remove_signal_handler(kind)
