@@ -1,0 +1,120 @@
+"""Compile what a call would launch for a GPU that is not there: `python -m tests.compile_kernels`.
+
+Triton's launcher is replaced by its compiler, aimed at sm89 and sm90: the Python that chooses
+grids, tiles and arguments runs on CPU tensors, and of every kernel it asks for, machine code is
+made by ptxas and thrown away. Prints one line of JSON a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction, mangle_type
+
+from moesaic.serving.cuda.experts import experts
+from moesaic.serving.cuda.linear import linear
+from moesaic.serving.cuda.tiles import Weight
+
+TARGETS = (89, 90)
+
+found: list[dict[str, object]] = []
+seen: set[str] = set()
+
+
+def compile_instead(kernel: JITFunction, *args, grid, warmup=False, **kwargs):
+    """What `kernel[grid](*args, **kwargs)` does here."""
+    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+    names = [parameter.name for parameter in kernel.params]
+    values = dict(zip(names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for at, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(at,)] = value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.Tensor) or number % 16 == 0:
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    key = repr((kernel.fn.__name__, signature, constants, attributes, options))
+    if key in seen:
+        return
+    seen.add(key)
+    for target in TARGETS:
+        source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+        made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+        found.append(
+            {
+                "kernel": kernel.fn.__name__,
+                "target": target,
+                "shared_bytes": made.metadata.shared,
+                "spilled_bytes": spilled_bytes(made.asm["ptx"], target),
+                "warps": made.metadata.num_warps,
+                "products": products(made.asm["ptx"]),
+                "constants": {names[at]: constants[(at,)] for (at,) in constants},
+            }
+        )
+
+
+def products(ptx: str) -> list[str]:
+    """Which instructions multiply matrices."""
+    words = {word for word in ptx.split() if word.startswith(("mma.sync", "wgmma.mma_async"))}
+    return sorted(words)
+
+
+def spilled_bytes(ptx: str, target: int) -> int:
+    """Bytes of a thread's registers that ptxas moves to memory."""
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        arch = "sm_90a" if target == 90 else f"sm_{target}"
+        command = [ptxas, "-v", f"--gpu-name={arch}", str(source), "-o", f"{folder}/kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    words = done.stderr.split()
+    return int(words[words.index("spill") - 2]) if "spill" in words else 0
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def weight(*shape: int, kind: str) -> Weight:
+    """A weight without numbers, as Skywork-MoE's on one of eight cards."""
+    if kind == "bfloat16":
+        return Weight(empty(*shape))
+    *experts, rows, columns = shape
+    blocks = (-(-rows // 128), -(-columns // 128))
+    scales = {"row": (rows, 1), "tensor": (1, 1), "block": blocks, "int8": (rows, 1)}[kind]
+    dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
+    return Weight(empty(*shape, dtype=dtype), empty(*experts, *scales, dtype=torch.float32))
+
+
+def compile_products() -> None:
+    width, inner, num_experts, top_k = 4608, 1536, 16, 2
+    kinds = [("bfloat16", "wide"), ("int8", "wide"), ("row", "wide"), ("row", "float8")]
+    kinds += [("block", "wide"), ("block", "float8")]
+    for tokens in (1, 256, 2048):  # every tile
+        for kind, activations in kinds:
+            weights = [
+                weight(num_experts, *shape, kind=kind)
+                for shape in ((inner, width), (inner, width), (width, inner))
+            ]
+            chosen_TK = empty(tokens, top_k, dtype=torch.int64)
+            gates_TK = empty(tokens, top_k, dtype=torch.float32)
+            x_TD = empty(tokens, width)
+            experts(x_TD, chosen_TK, gates_TK, *weights, activations=activations)
+            linear(x_TD, weight(1920, width, kind=kind), activations=activations)
+
+
+if __name__ == "__main__":
+    JITFunction.run = compile_instead
+    compile_products()
+    print(json.dumps(found))
