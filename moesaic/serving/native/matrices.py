@@ -192,7 +192,9 @@ class PackedExperts:
             self.w13[expert, 0], self.w13[expert, 1] = w1, w3
         self.w2[expert] = w2
         if self.scale13 is not None and self.scale2 is not None:
-            assert scale1 is not None and scale3 is not None and scale2 is not None
+            assert scale1 is not None
+            assert scale3 is not None
+            assert scale2 is not None
             self.scale13[expert, 0], self.scale13[expert, 1] = scale1, scale3
             self.scale2[expert] = scale2
 
