@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from moesaic.serving.engine.request import (
     Token,
     Usage,
 )
+from tests.tiny import TINY
 
 EXPERTS = ((1, 3), (0, 2))
 
@@ -48,6 +50,7 @@ class FakeEngine:
         context: int = 4096,
         places: int = 10**6,
     ) -> None:
+        self.executor = SimpleNamespace(spec=TINY["mixtral"])
         self.tokenizer, self.max_context = tokenizer, context
         self.text, self.pause, self.places = text, pause, places
         self.taken: list[Request] = []

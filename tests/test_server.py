@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from tests.fake_engine import EXPERTS, FakeEngine
 from tests.http_server import Running, running
-from tests.tiny import tiny_tokenizer
+from tests.tiny import TINY, tiny_tokenizer
 
 TOOLS_TEMPLATE = (
     "{% if tools %}{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
@@ -182,6 +182,17 @@ def test_experts_are_told_when_asked_for(server: Running) -> None:
     choice = post(server, "chat/completions", {**CHAT, "experts": True}).json()["choices"][0]
     assert choice["experts"][0] == {"text": "H", "experts": [list(layer) for layer in EXPERTS]}
     assert "experts" not in post(server, "chat/completions", CHAT).json()["choices"][0]
+
+
+def test_a_dense_model_has_no_experts_to_tell(tokenizer: Any) -> None:
+    engine = FakeEngine(tokenizer)
+    engine.executor.spec = TINY["llama"]
+    with running(engine) as server:
+        assert (
+            fault(post(server, "chat/completions", {**CHAT, "experts": True}))["param"] == "experts"
+        )
+        [model] = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert model["moesaic"] == {"chat": True, "moe": None}
 
 
 def test_models_are_listed_and_found_by_name(server: Running) -> None:

@@ -43,7 +43,9 @@ from moesaic.serving.server.protocol import (
     Error,
     Health,
     Model,
+    ModelFacts,
     ModelList,
+    MoEFacts,
 )
 from moesaic.serving.server.work import Service
 from moesaic.version import __version__
@@ -101,7 +103,13 @@ def build_app(
     metrics = Metrics(engine.statistics)
     name = config.name or config.model.resolve().name
     created = int(time.time())
-    model = Model(id=name, created=created, owned_by="moesaic", max_model_len=engine.max_context)
+    model = Model(
+        id=name,
+        created=created,
+        owned_by="moesaic",
+        max_model_len=engine.max_context,
+        moesaic=_facts(engine),
+    )
     services: list[Service] = []
 
     @asynccontextmanager
@@ -180,6 +188,14 @@ def build_app(
         metrics=metrics,
     )
     return gate
+
+
+def _facts(engine: Engine) -> ModelFacts:
+    spec = engine.executor.spec
+    moe = spec.moe and MoEFacts(
+        layers=len(spec.moe_layers), experts=spec.moe.num_experts, top_k=spec.moe.top_k
+    )
+    return ModelFacts(chat=bool(engine.tokenizer.chat_template), moe=moe)
 
 
 def _described(app: FastAPI) -> dict[str, Any]:

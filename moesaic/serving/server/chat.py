@@ -54,6 +54,7 @@ async def create_chat_completion(
 ) -> Response | ChatCompletion | None:
     """Answer a conversation; None to a client that has gone."""
     service.check_model(body.model)
+    service.check_experts(body.experts)
     http.state.facts["user"] = body.user
     template = chat_template(service.engine.tokenizer, body)
     # A thread, because long conversations take long, and other answers are being written.

@@ -48,6 +48,7 @@ async def create_completion(
 ) -> Response | Completion | None:
     """Continue texts; None to a client that has gone."""
     service.check_model(body.model)
+    service.check_experts(body.experts)
     http.state.facts["user"] = body.user
     tokenizer = service.engine.tokenizer
     prompts = await asyncio.to_thread(encode_prompts, tokenizer, body.prompt)

@@ -440,6 +440,24 @@ class EmbeddingList(Reply):
     pooling: Literal["mean", "last"]
 
 
+class MoEFacts(Reply):
+    """What a mixture of experts is made of."""
+
+    layers: int
+    """Those with experts."""
+    experts: int
+    top_k: int
+
+
+class ModelFacts(Reply):
+    """Moesaic's own."""
+
+    chat: bool
+    """Whether it has a chat template."""
+    moe: MoEFacts | None
+    """None of a dense model."""
+
+
 class Model(Reply):
     id: str
     object: Literal["model"] = "model"
@@ -447,6 +465,7 @@ class Model(Reply):
     owned_by: str
     max_model_len: int
     """Tokens of a prompt and its answer together."""
+    moesaic: ModelFacts
 
 
 class ModelList(Reply):

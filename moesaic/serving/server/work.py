@@ -64,6 +64,13 @@ class Service:
                 code="model_not_found",
             )
 
+    def check_experts(self, asked: bool | None) -> None:
+        """Refuse to tell the experts of a model that has none."""
+        if asked and self.engine.executor.spec.moe is None:
+            raise ApiFault(
+                400, "The model is dense: it has no experts.", param="experts", code="no_experts"
+            )
+
     def room(self, prompt_tokens: int, asked: int | None, *, default: int | None) -> int:
         """New tokens that an answer may have.
 
