@@ -60,6 +60,11 @@ class MeasureConfig:
     largest_message: int = 2**25
     """Bytes of the largest exchange that is timed; 0 times none. Ours."""
 
+    clock: Literal["wall", "processor"] = "wall"
+    """What layers are timed by. processor: the time that a rank's thread has the processor, which
+    other work on a busy machine does not lengthen; with one thread a rank, and no exchange in a
+    layer. Exchanges always go by the wall's."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What to measure; auto takes a GPU if there is one."""
 
@@ -73,6 +78,13 @@ class MeasureConfig:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ConfigError(f"{name} is {value}. It must be at least {bound}.")
+        if self.clock == "processor" and (
+            self.tp > 1 or (self.ep or 1) > 1 or self.experts_over != "edp"
+        ):
+            raise ConfigError(
+                "clock is processor, which counts no waiting, but layers split over ranks wait for "
+                "each other. Use the wall's clock, or tp 1 with experts over edp."
+            )
         if self.sequence is None and self.tokens is None:
             raise ConfigError("Neither sequence nor tokens is given. Say how long sequences are.")
         if self.ranks is not None and self.ranks % self.tp:

@@ -19,7 +19,15 @@ from moesaic.errors import ConfigError
 from moesaic.files import refuse_impossible_file
 from moesaic.measuring.config import MeasureConfig
 from moesaic.measuring.links import Exchange, exchanges, measured_links
-from moesaic.measuring.rounds import Case, Samples, pooled, slowest, time_rounds
+from moesaic.measuring.rounds import (
+    Case,
+    Clock,
+    ProcessorTime,
+    Samples,
+    pooled,
+    slowest,
+    time_rounds,
+)
 from moesaic.measuring.units import Rows, Timed, distinct_units
 from moesaic.memory import reused_memory
 from moesaic.parallel.agreement import first_does
@@ -75,6 +83,7 @@ def _measure_joined(config: MeasureConfig, size: int, watch: Watch) -> dict[str,
     ]
     links = exchanges(world, config.largest_message)
     busy = _load()
+    _check_clock(config, world)
     of_units, of_links = _time(config, world, timed, links, watch)
     table = MeasuredTable(
         device=_device_name(world.device),
@@ -99,6 +108,13 @@ def _time(
 ) -> tuple[Samples, Samples]:
     """Of units all ranks' samples, of exchanges each round's slowest rank."""
     cases: list[Case] = [case for one in timed for case in one.cases]
+    names = {one.name for one in links}
+
+    def clock(case: Case) -> Clock:
+        if config.clock == "processor" and case.name not in names:
+            return ProcessorTime()
+        return Stopwatch(world.device)
+
     with progress() as display:
         total = config.warmup_rounds + config.rounds
         task = display.add_task("measuring", total=total)
@@ -111,15 +127,23 @@ def _time(
             [*cases, *links],
             rounds=config.rounds,
             warmup_rounds=config.warmup_rounds,
-            watch=lambda: Stopwatch(world.device),
+            clock=clock,
             meet=world.everyone.wait_for_all,
             tell=tell,
         )
     of_ranks = world.everyone.objects(found)
-    names = {one.name for one in links}
     units = [{k: v for k, v in samples.items() if k[0] not in names} for samples in of_ranks]
     messages = [{k: v for k, v in samples.items() if k[0] in names} for samples in of_ranks]
     return pooled(units), slowest(messages)
+
+
+def _check_clock(config: MeasureConfig, world: World) -> None:
+    threads = torch.get_num_threads()
+    if config.clock == "processor" and (world.device.type != "cpu" or threads > 1):
+        raise ConfigError(
+            f"clock is processor, but a rank has {threads} threads on {world.device.type}. Set "
+            f"OMP_NUM_THREADS=1 and use device cpu, or the wall's clock."
+        )
 
 
 def _spec(config: MeasureConfig) -> ModelSpec:
@@ -233,6 +257,7 @@ def _about(config: MeasureConfig, size: int, device: torch.device) -> dict[str, 
         "ranks": size,
         "threads_a_rank": torch.get_num_threads(),
         "rounds": config.rounds,
+        "clock": config.clock,
         "tokens": None if config.tokens is None else str(config.tokens),
         "routing": asdict(config.routing),
     }

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 
@@ -36,12 +36,28 @@ class Case(Protocol):
         """What to time on the way back."""
 
 
-class Watch(AbstractContextManager[None], Protocol):
+class Clock(Protocol):
     """Measures what runs in a `with` block."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
     @property
     def seconds(self) -> float:
         """How long that took; asked for when the round is over."""
+
+
+class ProcessorTime:
+    """Measures for how long this thread has the processor; waiting does not count."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._begin = time.thread_time()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.thread_time() - self._begin
 
 
 Samples = dict[tuple[str, str], list[float]]
@@ -53,7 +69,7 @@ def time_rounds(
     *,
     rounds: int,
     warmup_rounds: int,
-    watch: Callable[[], Watch],
+    clock: Callable[[Case], Clock],
     meet: Callable[[], None] = lambda: None,
     tell: Callable[[int], None] = lambda done: None,
     seed: int = 0,
@@ -64,7 +80,7 @@ def time_rounds(
         cases: Of different names. Ranks that exchange anything in them must list them alike.
         rounds: That count.
         warmup_rounds: Before these, that do not.
-        watch: Makes a new one for each action.
+        clock: Makes a new one for each action of a case.
         meet: Called before each action, untimed; waits for other ranks.
         tell: Called after each round with the number done.
         seed: Of the orders.
@@ -72,10 +88,10 @@ def time_rounds(
     samples: Samples = {}
     orders = random.Random(seed)
     for number in range(warmup_rounds + rounds):
-        found: list[tuple[str, str, Watch]] = []
+        found: list[tuple[str, str, Clock]] = []
         for case, action in _round(orders.sample(cases, len(cases))):
             meet()
-            stopwatch = watch()
+            stopwatch = clock(case)
             with stopwatch:
                 action.run()
             found.append((case.name, action.name, stopwatch))

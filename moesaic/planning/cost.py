@@ -334,11 +334,11 @@ def unit_costs(
     for name in unit_names(shape):
         layer, _, part = name.partition(".")
         kind: Any = name if not part else shape.layers[int(layer)]
-        key = (name if table else kind, part)
+        measured = table.find(name, shape, job) if table else None
+        key = (kind, part) if measured is None else id(measured)
         if key not in known:
-            measured = table.find(name, shape, job) if table else None
             known[key] = (
-                _measured(measured, job) if measured is not None else _unit(machine, shape, name)
+                _unit(machine, shape, name) if measured is None else _measured(measured, job)
             )
         found.append(dataclasses.replace(known[key], name=name))
     return tuple(found)
