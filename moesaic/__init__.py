@@ -24,6 +24,8 @@ _HOMES = {
     "TrainConfig": "moesaic.training.config",
     "plan_train": "moesaic.planning.train",
     "PlanTrainConfig": "moesaic.planning.config",
+    "plan_serve": "moesaic.planning.serving.serve",
+    "PlanServeConfig": "moesaic.planning.config",
     "plan_check": "moesaic.planning.check",
     "PlanCheckConfig": "moesaic.planning.config",
     "measure": "moesaic.measuring.measure",

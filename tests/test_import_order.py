@@ -55,6 +55,7 @@ TORCH_FREE = (
     "moesaic.planning.config",
     "moesaic.planning.train",
     "moesaic.planning.check",
+    "moesaic.planning.serving.serve",
     "moesaic.cli.app",
     "moesaic.cli.upcycle",
     "moesaic.cli.prepare",

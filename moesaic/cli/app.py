@@ -25,6 +25,7 @@ VERBS = {
     "upcycle": "Turn a dense model into a mixture of experts, with a proof.",
     "prepare": "Turn text into training data.",
     "plan train": "Find the fastest legal layout for training on a cluster.",
+    "plan serve": "Say what each rank of a server holds, and how fast it is.",
     "plan check": "Hold the planner's predictions against published runs.",
     "measure": "Time a model's layers and the links between ranks, for the planner.",
     "train": "Train a model, dense or mixture of experts.",

@@ -1,4 +1,4 @@
-"""`moesaic plan train MODEL --cluster C` and `moesaic plan check --runs FILE`."""
+"""`moesaic plan train MODEL --cluster C`, `plan serve MODEL --cluster C`, `plan check`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import moesaic
 from moesaic.cli.show import size, table
 from moesaic.cli.verb import Summary, verb
-from moesaic.planning.config import PlanCheckConfig, PlanTrainConfig
+from moesaic.planning.config import PlanCheckConfig, PlanServeConfig, PlanTrainConfig
 
 
 def show_plan(done: Mapping[str, Any]) -> Iterator[str]:
@@ -162,10 +162,179 @@ def show_check(done: Mapping[str, Any]) -> Iterator[str]:
     yield from done["memory"].splitlines()
 
 
+def show_serve(done: Mapping[str, Any]) -> Iterator[str]:
+    """The choice, the memory of each rank, and what else was compared."""
+    yield (
+        f"{done['model']}, {done['parameters'] / 1e9:.1f}B parameters, "
+        f"{done['active_parameters'] / 1e9:.1f}B active, weights {done['weights']}, cache "
+        f"{done['kv_cache']}, on {done['cluster']}"
+    )
+    yield done["reason"]
+    if done["bound"] is not None:
+        best = next(one for one in done["arrangements"] if one["is_chosen"])
+        gap = done["bound"] / best["tokens_per_second"] - 1
+        yield f"no shares of heads and columns are more than {max(0.0, gap):.1%} faster"
+    if done["crosses_nodes"]:
+        yield "ranks exchange over the network between nodes; --one-box if they share a machine"
+    if done["fewer_ranks"]:
+        fewer = done["fewer_ranks"]
+        yield (
+            f"{fewer['ranks']} of these ranks alone would do {fewer['tokens_per_second']:,.0f} "
+            f"tokens/s at that batch"
+        )
+    yield ""
+    yield from _shares(done["shapes"])
+    yield ""
+    yield from _ledger(done)
+    yield ""
+    yield from _arrangements(done["arrangements"])
+    yield ""
+    yield from _by_batch(done)
+    yield ""
+    yield from _by_context(done["by_context"])
+    if done["by_target"]:
+        yield ""
+        yield from _by_target(done)
+    yield ""
+    yield from _assumptions(done["assumptions"])
+
+
+def _shares(shapes: Mapping[str, Any]) -> Iterator[str]:
+    def row(name: str, sizes: list[int]) -> list[str]:
+        return [name, *map(str, sizes)]
+
+    rows = [row(f"heads of layer {n}", sizes) for n, sizes in enumerate(shapes["heads"])]
+    rows.append(row("heads over all layers", shapes["heads_over_all_layers"]))
+    rows.append(row("key-value heads over all layers", shapes["kv_heads_over_all_layers"]))
+    if any(shapes["experts"]):
+        rows.append(row("experts of the last layer", shapes["experts"]))
+    rows.append(row("columns of the last layer", shapes["columns"]))
+    rows.append(row("vocabulary", shapes["vocabulary"]))
+    return table(["rank", *map(str, range(len(shapes["vocabulary"])))], rows)
+
+
+def _ledger(done: Mapping[str, Any]) -> Iterator[str]:
+    parts = [
+        name
+        for name in done["ledger"][0]["weights"]
+        if any(one["weights"][name] for one in done["ledger"])
+    ]
+    keys = ("weight_bytes", "kv_bytes", "workspace_bytes", "total_bytes", "budget_bytes")
+    digits = 2 if done["ledger"][0]["total_bytes"] > 2**32 else 4
+    rows = [
+        [
+            str(one["rank"]),
+            *(f"{one['weights'][name] / 2**30:.{digits}f}" for name in parts),
+            *(f"{one[key] / 2**30:.{digits}f}" for key in keys),
+        ]
+        for one in done["ledger"]
+    ]
+    heads = [*(name.replace("_", " ") for name in parts), "weights", "cache", "to work in"]
+    yield from table(["GiB of rank", *heads, "total", "to fill"], rows)
+    blocks = done["ledger"][0]["kv_blocks"]
+    yield (
+        f"cache of {done['kv_tokens']:,} positions in {blocks:,} blocks on every rank; rank "
+        f"{done['binding_rank']} has the least room"
+    )
+
+
+def _arrangements(found: list[Mapping[str, Any]]) -> Iterator[str]:
+    def row(one: Mapping[str, Any]) -> list[str]:
+        mark = "*" if one["is_chosen"] else "" if one["can_run"] else " (compared only)"
+        cells = [f"{one['name']}{mark}", f"{one['fullest_weight_bytes'] / 2**30:.2f}"]
+        step = one["step"]
+        if step is None:
+            return [*cells, f"{one['kv_tokens']:,}", "does not fit", *[""] * 8]
+        times = (step["attention"], step["feed_forward"] + step["head"], step["sums"])
+        return [
+            *cells,
+            f"{one['kv_tokens']:,}",
+            str(one["batch"]),
+            f"{one['tokens_per_second']:,.0f}",
+            "" if one["is_chosen"] else f"{one['to_choice']:+.1%}",
+            f"{1e3 * one['token_seconds']:.1f}",
+            *(f"{1e3 * seconds:.1f}" for seconds in times),
+            f"{1e3 * step['host']:.1f}",
+            f"{one['prefill_tokens_per_second']:,.0f}",
+        ]
+
+    heads = ["layout (*: the plan)", "GiB", "cache", "batch", "tokens/s", "", "ms/token"]
+    heads += ["attention", "network", "sums", "host", "prompt/s"]
+    return table(heads, map(row, found))
+
+
+def _by_batch(done: Mapping[str, Any]) -> Iterator[str]:
+    names, batches = _axes(done["by_batch"], "batch")
+    cells = {(one["name"], one["batch"]): one for one in done["by_batch"]}
+    rows = [
+        [
+            name,
+            *(
+                f"{cells[name, batch]['tokens_per_second']:,.0f}"
+                + ("" if cells[name, batch]["fits"] else "*")
+                for batch in batches
+            ),
+        ]
+        for name in names
+    ]
+    heads = [f"tokens/s, context {done['context']:,}, batch", *map(str, batches)]
+    yield from table(heads, rows)
+    if any("*" in cell for row in rows for cell in row):
+        yield "*: the cache has no room for it"
+
+
+def _by_context(found: list[Mapping[str, Any]]) -> Iterator[str]:
+    names, contexts = _axes(found, "context")
+    cells = {(one["name"], one["context"]): one for one in found}
+    rows = [
+        [
+            name,
+            *(
+                f"{cells[name, context]['tokens_per_second']:,.0f} "
+                f"({cells[name, context]['batch']})"
+                for context in contexts
+            ),
+        ]
+        for name in names
+    ]
+    heads = ["tokens/s (batch that fits), context", *(f"{context:,}" for context in contexts)]
+    return table(heads, rows)
+
+
+def _axes(found: list[Mapping[str, Any]], axis: str) -> tuple[list[str], list[int]]:
+    """Names and places of a table, each once and in order."""
+    return list(dict.fromkeys(one["name"] for one in found)), list(
+        dict.fromkeys(one[axis] for one in found)
+    )
+
+
+def _by_target(done: Mapping[str, Any]) -> Iterator[str]:
+    rows = [
+        [one["name"], f"{one['context']:,}" if one["context"] else "never", str(one["batch"])]
+        for one in done["by_target"]
+    ]
+    return table([f"{done['target']:,.0f} tokens/s up to a context of", "", "batch"], rows)
+
+
+def _assumptions(given: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"predicted, not measured: {given['memory_efficiency']:.0%} of the memory's bandwidth, "
+        f"{given['matmul_efficiency']:.0%} of peak, bus {given['bus_bytes_per_second'] / 1e9:g} "
+        f"GB/s, {1e6 * given['hop_seconds']:g} us a hop, no overlap (docs/serving-plan.md)"
+    )
+
+
 @verb(PlanTrainConfig, positional=("model",), show=show_plan)
 def train(config: PlanTrainConfig) -> Summary:
     """Find the fastest legal layout for training a model on a cluster, before any GPU is rented."""
     summary: Summary = moesaic.plan_train(config)
+    return summary
+
+
+@verb(PlanServeConfig, positional=("model",), show=show_serve)
+def serve(config: PlanServeConfig) -> Summary:
+    """Say before anything loads what each rank holds, how fast it is, and which layout is best."""
+    summary: Summary = moesaic.plan_serve(config)
     return summary
 
 

@@ -212,7 +212,9 @@ def _stride(layers: int) -> int:
     )
 
 
-def column_unit(total: int, shares: Sequence[Fraction], layers: int, *, rotated: bool) -> int:
+def column_unit(
+    total: int, shares: Sequence[Fraction], layers: int, *, rotated: bool = True
+) -> int:
     """Columns that stay together when `total` of them are dealt out."""
 
     def fullest(unit: int) -> Fraction:

@@ -20,6 +20,9 @@ from moesaic.planning.serving.storage import ITEMSIZE, kv_bytes, stored_bytes
 
 GIB = 2**30
 
+MAX_ROWS = 256
+"""Positions of which a step gives scores at the most. Ours; the engine keeps to it."""
+
 Dtype = Literal["float32", "bfloat16"]
 """Of activations."""
 
@@ -89,7 +92,7 @@ def ledger(
     dtype: Dtype,
     packed: bool,
     max_step_tokens: int,
-    max_rows: int = 256,
+    max_rows: int = MAX_ROWS,
     least_tokens: int = 1,
 ) -> tuple[RankLedger, ...]:
     """Memory of every rank, with as many blocks as the plan says or the smallest budget allows.
