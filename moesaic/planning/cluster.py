@@ -296,20 +296,20 @@ def _cluster_of(raw: Mapping[str, Any], *, where: str) -> ClusterSpec:
         reached = base.link_efficiency if base else DEFAULT_LINK
         bandwidth = part.number("link_bandwidth", link)
         efficiency = part.part("link_efficiency", reached)
-        delay = part.number("link_latency", latency, zero=True)
+        step = part.number("link_latency", latency, zero=True)
         # What is known of a preset's sums says nothing of other links.
-        same = base if base and bandwidth == link and delay == latency else None
+        same = base if base and bandwidth == link and step == latency else None
         peer = same.peer_bandwidth if same else None
         node = NodeSpec(
             device=device,
             count=part.whole("devices", base.count if base else None),
             link_bandwidth=bandwidth,
             link_efficiency=efficiency,
-            link_latency=delay,
+            link_latency=step,
             sum_bandwidth=part.number(
                 "sum_bandwidth", same.sum_bandwidth if same else bandwidth * efficiency
             ),
-            sum_latency=part.number("sum_latency", same.sum_latency if same else delay, zero=True),
+            sum_latency=part.number("sum_latency", same.sum_latency if same else step, zero=True),
             peer_bandwidth=part.number("peer_bandwidth", peer)
             if "peer_bandwidth" in part.raw
             else peer,
