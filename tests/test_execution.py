@@ -218,8 +218,8 @@ def test_packed_layers_are_as_near_as_torch_s(tmp_path, name, weights, kv_cache,
     torch_s = executor_of(folder, plan, dtype="bfloat16", implementation="torch")
     executor = native_executor(folder, plan, native=native)
     theirs, found = (logits_of(each, ids, chunk=9) for each in (torch_s, executor))
-    # Routers may decide near ties otherwise, so that a few tokens differ by more.
-    error, allowed = ((part - exact).abs().mean() for part in (found, theirs))
+    # The median: a router may decide a near tie otherwise, and that token differs by more.
+    error, allowed = ((part - exact).abs().mean(dim=1).median() for part in (found, theirs))
     assert float(error) < 1.5 * float(allowed)
     if native:
         [planned] = ledger(executor.layout, dtype="bfloat16", packed=True, max_step_tokens=64)
