@@ -17,6 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, mangle_type
 
+from moesaic.serving.cuda.attention import attend, tiles_of
+from moesaic.serving.cuda.cache import HeadNorms, Places, rms_norm, rotate_and_store
 from moesaic.serving.cuda.experts import experts
 from moesaic.serving.cuda.linear import linear
 from moesaic.serving.cuda.tiles import Weight
@@ -114,7 +116,25 @@ def compile_products() -> None:
             linear(x_TD, weight(1920, width, kind=kind), activations=activations)
 
 
+def compile_attention() -> None:
+    for heads, kv_heads, width in ((5, 5, 128), (9, 3, 64)):
+        for cache in (torch.bfloat16, torch.float8_e4m3fn):
+            pools = [empty(100, kv_heads, 16, width, dtype=cache) for _ in "kv"]
+            tables = empty(3, 8, dtype=torch.int32)
+            for window in (None, 100):
+                tiles = tiles_of([1, 90], [4, 8], group=heads // kv_heads, device="meta")
+                attend(empty(91, heads, width), *pools, tables, tiles, window=window)
+            angles = empty(3, width, dtype=torch.float32)
+            places = Places(angles, angles, *(empty(3, dtype=torch.int64) for _ in "br"))
+            norms = HeadNorms(*(empty(width, dtype=torch.float32) for _ in "qk"), 1e-6)
+            for some in (None, norms):
+                qkv = empty(3, (heads + 2 * kv_heads) * width)
+                rotate_and_store(qkv, places, *pools, some)
+    rms_norm(empty(3, 4608), empty(4608, dtype=torch.float32), 1e-6)
+
+
 if __name__ == "__main__":
     JITFunction.run = compile_instead
+    compile_attention()
     compile_products()
     print(json.dumps(found))
