@@ -22,6 +22,8 @@ def show_plan(done: Mapping[str, Any]) -> Iterator[str]:
         f"step {best['step_seconds']:.3f} s, {best['tokens_per_second_per_rank']:,.0f} tokens/s a "
         f"rank, MFU {best['mfu']:.1%}"
     )
+    if best["measured"] is not None:
+        yield from _sources(best["measured"])
     yield ""
     yield from _bounds(done["bounds"])
     yield ""
@@ -42,6 +44,15 @@ def show_plan(done: Mapping[str, Any]) -> Iterator[str]:
     if done["curve"]:
         yield ""
         yield from _curve(done["curve"])
+
+
+def _sources(measured: Mapping[str, Any]) -> Iterator[str]:
+    when = f", {measured['when']}" if measured["when"] else ""
+    yield (
+        f"measured on {measured['device']}{when}: {', '.join(measured['parts']) or 'nothing of it'}"
+    )
+    if measured["by_formulas"]:
+        yield f"by formulas: {', '.join(measured['by_formulas'])}"
 
 
 def _mesh(job: Mapping[str, Any]) -> str:

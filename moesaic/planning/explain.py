@@ -368,8 +368,7 @@ def as_json(answer: Answer) -> dict[str, Any]:
         "pipeline_seconds": prediction.pipeline,
         "communication_seconds": prediction.communication,
         "optimizer_seconds": prediction.optimizer,
-        "measured": list(prediction.measured),
-        "by_formulas": list(prediction.by_formulas),
+        "measured": _measured(answer),
         "bottleneck_seconds": answer.bottleneck,
         "bottleneck_gap": answer.gap,
         "stages": [row._asdict() for row in stage_rows(answer)],
@@ -383,4 +382,18 @@ def as_json(answer: Answer) -> dict[str, Any]:
             }
             for place, (ledger, budget) in enumerate(zip(answer.ledgers, budgets, strict=True))
         ],
+    }
+
+
+def _measured(answer: Answer) -> dict[str, Any] | None:
+    """What of a prediction was measured, and where; None: nothing."""
+    table, prediction = answer.question.table, answer.prediction
+    if table is None:
+        return None
+    return {
+        "table": table.path,
+        "device": table.device,
+        "when": table.about.get("when"),
+        "parts": list(prediction.measured),
+        "by_formulas": list(prediction.by_formulas),
     }
