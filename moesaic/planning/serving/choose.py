@@ -191,8 +191,10 @@ class Arrangement:
         """Memory of every rank. Raises PlanError where it does not fit."""
         assert self.plan is not None, self.name
         (stage,) = self.stages
+        # With the cache that was asked for; where none fits, the ledger says which rank lacks it.
+        plan = replace(self.plan, kv_blocks=self.kv_tokens // self.question.block_tokens or None)
         return ledger(
-            stage.layout,
+            replace(stage.layout, plan=plan),
             dtype=self.question.dtype,
             packed=self.question.packed,
             max_step_tokens=self.question.max_step_tokens,
@@ -264,6 +266,7 @@ def _padded(question: Question) -> Arrangement | None:
 
     kv_heads = up(spec.num_kv_heads, ranks)
     filled = spec.replace(
+        family="skywork",  # Which can say any widths.
         num_kv_heads=kv_heads,
         num_heads=kv_heads * (spec.num_heads // spec.num_kv_heads),
         ffn_dim=columns(spec.ffn_dim),
@@ -276,7 +279,7 @@ def _padded(question: Question) -> Arrangement | None:
             shared_expert_dim=columns(spec.moe.shared_expert_dim),
         )
         filled = filled.replace(moe=moe)
-    if filled == spec:
+    if filled == spec.replace(family="skywork"):
         return None
     plan = replace(question.plan(), model=None)
     stage = question.stage(fit(plan, filled), question.machine)
