@@ -32,13 +32,19 @@ VERBS = {
     "evaluate": "Measure held-out loss and perplexity.",
     "quantize": "Shrink a model to FP8.",
     "generate": "Answer a prompt.",
+    "serve": "Answer requests over HTTP as OpenAI's API does.",
+    "chat": "Talk to a model or a server at the terminal.",
+    "bench serve": "Put a server under load and measure it.",
     "inspect": "Show what a model folder holds.",
     "report": "Draw one HTML page about a training run.",
     "demo": "Run the whole path on a small real model.",
 }
 """What `moesaic --help` says of each verb, so that it need not import any."""
 
-GROUPS = {"plan": "Choose a layout before any GPU is rented."}
+GROUPS = {
+    "plan": "Choose a layout before any GPU is rented.",
+    "bench": "Measure how fast something is.",
+}
 """What it says of verbs that have words of their own."""
 
 

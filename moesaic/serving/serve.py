@@ -22,17 +22,22 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import uvicorn
 
+from moesaic.checkpoint.folder import read_spec
 from moesaic.errors import ConfigError, FolderError, ServingError
+from moesaic.parallel.group import Group
+from moesaic.parallel.join import Needs, joined
+from moesaic.planning.serving.layout import fit
+from moesaic.planning.serving.plan import ServePlan
 from moesaic.serving.config import ServeConfig
+from moesaic.serving.engine.engine import Engine
+from moesaic.serving.engine.load import device_of, load_rank, plan_of
 from moesaic.serving.server.app import build_app
 from moesaic.serving.server.gate import Gate, RequestLog
-
-if TYPE_CHECKING:
-    from moesaic.serving.engine.engine import Engine
 
 SEND_BUFFER_BYTES = 2**18
 """What the system holds of an answer that is not read yet. Its own choice grows to megabytes."""
@@ -42,6 +47,80 @@ WATCH_SECONDS = 0.25
 
 CLOSE_SECONDS = 5
 """Connections that are still open after draining are closed so late."""
+
+
+def serve(config: ServeConfig) -> dict[str, Any]:
+    """Serve a model until this process is asked to stop.
+
+    Over several ranks each of them calls this, as `moesaic serve` sees to.
+
+    Returns:
+        What `answer` returns; nothing on ranks but the first.
+
+    Raises:
+        ConfigError: Flags contradict each other or the plan, or the port is not to be had.
+        PlanError: The plan cannot be carried out, not with this model or not in this memory.
+        FolderError: The model, its tokenizer or the keys cannot be read.
+        ServingError: The engine broke.
+    """
+    keys, size = read_keys(config), check_plan(config)
+    log = RequestLog(config.log)  # writes where this process does, not into a rank's log too
+    needs = Needs(size, config.device if config.device != "auto" else device_of("auto").type)
+    with joined(lambda: needs, config=config.launch) as watch:
+        group = Group.of_all(device_of(config.device))
+        if group.rank > 0:
+            _ignore_signals()  # it ends when the first rank says so
+            load_rank(config, group=group, watch=watch).follow()
+            return {}
+        with listening(config) as listener, Engine.load(config, group=group, watch=watch) as engine:
+            try:
+                return answer(engine, config, listener, keys=keys, log=log)
+            except ServingError as error:
+                if size == 1:
+                    raise
+                # The watch finds out which rank is lost and says so, and all start again.
+                raise ConnectionError(f"The connection to another rank is lost: {error}") from error
+
+
+def check(config: ServeConfig) -> int:
+    """See that ranks would not start in vain, and say how many it takes.
+
+    What a rank measures itself, such as its memory, it sees to before it loads anything.
+
+    Raises:
+        MoesaicError: As `serve`.
+    """
+    read_keys(config)
+    size = check_plan(config)
+    with listening(config):
+        pass
+    return size
+
+
+def check_plan(config: ServeConfig) -> int:
+    """See that the plan is one for this model, and say how many ranks it takes."""
+    spec = read_spec(config.model)
+    plan = shared_plan(config)
+    fit(plan, spec)
+    return plan.ranks
+
+
+def shared_plan(config: ServeConfig) -> ServePlan:
+    """The plan that the config names, or one that shares everything over `ranks` alike."""
+    plan = plan_of(config)
+    if config.ranks is None or config.ranks == plan.ranks:
+        return plan
+    if config.plan is not None:
+        raise ConfigError(
+            f"ranks is {config.ranks}, but the plan {config.plan} has {plan.ranks}. Leave ranks "
+            f"out, or take another plan."
+        )
+    return replace(plan, ranks=config.ranks)
+
+
+def _ignore_signals() -> None:
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
 
 
 def read_keys(config: ServeConfig) -> tuple[str, ...]:

@@ -192,9 +192,10 @@ def build_app(
 
 def _facts(engine: Engine) -> ModelFacts:
     spec = engine.executor.spec
-    moe = spec.moe and MoEFacts(
-        layers=len(spec.moe_layers), experts=spec.moe.num_experts, top_k=spec.moe.top_k
-    )
+    moe = None
+    if spec.moe is not None:
+        experts, top_k = spec.moe.num_experts, spec.moe.top_k
+        moe = MoEFacts(layers=len(spec.moe_layers), experts=experts, top_k=top_k)
     return ModelFacts(chat=bool(engine.tokenizer.chat_template), moe=moe)
 
 
