@@ -630,3 +630,12 @@ def test_a_gpu_is_measured_by_its_events(tmp_path):
     )
     assert found["ranks"] is None
     assert all(unit["forward"] > 0 and unit["backward"] > 0 for unit in found["units"])
+
+
+def test_the_page_about_the_file_names_every_key():
+    page = (Path(__file__).parents[1] / "docs" / "measure.md").read_text()
+    link = MeasuredLink(kind="sum", ranks=2, near=2, latency=0.0, bandwidth=1.0)
+    raw = table_of(MOE, links=(link,)).to_json()
+    for part in (raw, *raw["units"], *raw["links"]):
+        for key in part:
+            assert f"`{key}`" in page, key
