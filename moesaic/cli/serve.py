@@ -46,7 +46,10 @@ def start(config: ServeConfig, as_json: bool) -> int | None:
         command = [sys.executable, "-m", "moesaic", "serve", *flags]
         # The first rank prints the result here; the others print into their logs.
         return start_ranks(
-            [*command, "--json"] if as_json else command, size=size, config=config.launch
+            [*command, "--json"] if as_json else command,
+            size=size,
+            config=config.launch,
+            again="serves again",
         )
 
 

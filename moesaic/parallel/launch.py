@@ -61,7 +61,13 @@ def environment_world() -> Member | None:
     return Member(*(int(given[name]) for name in names))
 
 
-def start_ranks(command: Sequence[str], *, size: int, config: LaunchConfig | None = None) -> int:
+def start_ranks(
+    command: Sequence[str],
+    *,
+    size: int,
+    config: LaunchConfig | None = None,
+    again: str = "goes on from the last checkpoint",
+) -> int:
     """Run `command` as `size` ranks on this machine, and wait until they are done.
 
     Rank 0 prints where this process does. SIGINT, SIGTERM and SIGHUP are passed on, so that the
@@ -72,6 +78,7 @@ def start_ranks(command: Sequence[str], *, size: int, config: LaunchConfig | Non
         command: The program and its arguments; it calls `joined`.
         size: Ranks.
         config: How often to start again, and how long to wait.
+        again: What the same command does once this one has given up.
 
     Returns:
         0 when all ranks are done; 130 when they were asked to stop; else what a rank that refused
@@ -96,8 +103,7 @@ def start_ranks(command: Sequence[str], *, size: int, config: LaunchConfig | Non
             if attempt < config.max_restarts:
                 _tell(f"{what} Starting again ({attempt + 1} of {config.max_restarts}).")
     raise TrainingError(
-        f"{what} launch.max_restarts is {config.max_restarts}; "
-        f"the same command goes on from the last checkpoint."
+        f"{what} launch.max_restarts is {config.max_restarts}; the same command {again}."
     )
 
 
