@@ -16,8 +16,9 @@ Shapes.  T tokens of the step    D model width    N rows of scores asked for    
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -109,15 +110,25 @@ def load_executor(
                 from moesaic.serving.execution.packed import NativeLayers
 
                 layers = NativeLayers(reader)
+            elif takes_cuda(implementation, dtype=dtype, device=torch.device(device)):
+                from moesaic.serving.cuda.layers import CudaLayers
+
+                layers = CudaLayers(reader, device)
             else:
                 layers = TorchLayers(reader, device)
         return layers, allocate_cache(layout, group.rank, planned.kv_blocks, device)
 
     layout, packed, planned = all_do(group, prepare)
     layers, pools = all_do(group, load)
-    return ModelExecutor(
+    executor = ModelExecutor(
         layout, layers, pools, group=group, max_step_tokens=max_step_tokens, watch=watch
     )
+    if takes_cuda(implementation, dtype=dtype, device=torch.device(device)):
+        from moesaic.serving.cuda.graphs import DecodeGraphs
+
+        longest = -(-layout.spec.max_positions // plan.block_tokens)
+        executor.forward = DecodeGraphs(executor.through_layers, table_blocks=longest)
+    return executor
 
 
 class ModelExecutor:
@@ -144,6 +155,8 @@ class ModelExecutor:
         self._frequencies = frequencies_of(self.spec, layers.device)
         self._fault: ServingError | None = None
         self._announcer = Announcer(group, watch) if group.size > 1 and group.rank == 0 else None
+        self.forward: Callable[[Step], tuple[Tensor, list[Tensor]]] = self.through_layers
+        """Computes all layers of a step; on CUDA there are graphs before it."""
 
     def step(self, batch: Batch) -> StepResult:
         """Do one step, on all ranks; called on rank 0.
@@ -185,7 +198,7 @@ class ModelExecutor:
         """Let go of the memory, and of the other ranks. Calling it twice does no harm."""
         if self._announcer is not None:
             self._announcer.close()
-        self.pools = []
+        self.pools, self.forward = [], self.through_layers
         self._fault = self._fault or ServingError("The executor is closed.")
 
     @torch.no_grad()
@@ -197,15 +210,7 @@ class ModelExecutor:
             block_tokens=self.block_tokens,
             device=layers.device,
         )
-        # One rank alone has anything but zero, so this sum rounds nothing.
-        x_TD = group.sum_(layers.embed(step))
-        chosen: list[Tensor] = []
-        for layer, pools in enumerate(self.pools):
-            x_TD = x_TD + group.sum_(layers.attend(layer, x_TD, step, pools))
-            y_TD, experts_TK = layers.feed_forward(layer, x_TD)
-            x_TD = x_TD + group.sum_(y_TD)
-            if batch.experts and experts_TK is not None:
-                chosen.append(experts_TK)
+        x_TD, chosen = self.forward(step)
         logits_NV, hidden_ND = None, None
         if batch.hidden:
             hidden_ND = layers.hidden(x_TD[step.wanted_N]).cpu()
@@ -219,8 +224,22 @@ class ModelExecutor:
         return StepResult(
             logits_NV=logits_NV,
             hidden_ND=hidden_ND,
-            experts_LTK=torch.stack(chosen).cpu() if chosen else None,
+            experts_LTK=torch.stack(chosen).cpu() if batch.experts and chosen else None,
         )
+
+    def through_layers(self, step: Step) -> tuple[Tensor, list[Tensor]]:
+        """What all layers make of the tokens, (T, D), and the experts of each MoE layer, (T, K)."""
+        layers, group = self.layers, self.group
+        # One rank alone has anything but zero, so this sum rounds nothing.
+        x_TD = group.sum_(layers.embed(step))
+        chosen: list[Tensor] = []
+        for layer, pools in enumerate(self.pools):
+            x_TD.add_(group.sum_(layers.attend(layer, x_TD, step, pools)))
+            y_TD, experts_TK = layers.feed_forward(layer, x_TD)
+            x_TD.add_(group.sum_(y_TD))
+            if experts_TK is not None:
+                chosen.append(experts_TK)
+        return x_TD, chosen
 
 
 def _first_line(error: BaseException) -> str:
@@ -275,6 +294,16 @@ def takes_packed(
             f"but {reasons[0]}. Use implementation torch or auto."
         )
     return False
+
+
+def takes_cuda(implementation: Implementation, *, dtype: Dtype, device: torch.device) -> bool:
+    """Whether to compute with our kernels for CUDA; float32 is better served by torch's."""
+    return (
+        implementation == "auto"
+        and device.type == "cuda"
+        and dtype == "bfloat16"
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 def _check_memory(ledgers: tuple[RankLedger, ...], rank: int, device: torch.device) -> None:
