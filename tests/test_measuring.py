@@ -567,6 +567,9 @@ def test_the_command_s_table_is_what_the_planner_then_predicts_from(tmp_path, ca
     assert told["measured"]["by_formulas"] == []
     assert run(["plan", "train", str(folder), *words]) == 0
     assert "measured on " in capsys.readouterr().out
+    assert run(["plan", "train", str(folder), *words, "--fix", "layers=3", "--json"]) == 0
+    given = json.loads(capsys.readouterr().out)["answer"]
+    assert given["pipeline_seconds"] == told["pipeline_seconds"]
     assert run(["plan", "train", str(folder), *words, "--fix", "microbatch=1"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

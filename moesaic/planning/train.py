@@ -218,6 +218,9 @@ def _given_job(question: Question, fixed: Mapping[str, Any]) -> Job:
     ranks = question.cluster.ranks
     others = values.get("tp", 1) * values.get("pp", 1) * values.get("cp", 1)
     values.setdefault("dp", max(1, ranks // others))
+    measured = () if question.table is None else question.table.micro_batches
+    if len(measured) == 1:
+        values.setdefault("micro_batch", measured[0])
     job = Job(sequence=question.sequence, global_batch=question.global_batch, **values)
     if job.world_size > ranks:
         raise PlanError(f"The layout has {job.world_size} ranks, but the cluster {ranks} devices.")
