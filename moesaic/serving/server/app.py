@@ -128,7 +128,7 @@ def build_app(
         redoc_url=None,
     )
     app.router.route_class = _Route
-    app.openapi = lambda: _described(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _described(app, name)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(Exception, _answer_fault)
@@ -199,8 +199,8 @@ def _facts(engine: Engine) -> ModelFacts:
     return ModelFacts(chat=bool(engine.tokenizer.chat_template), moe=moe)
 
 
-def _described(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document. A body that is not valid is answered 400, not FastAPI's 422."""
+def _described(app: FastAPI, name: str) -> dict[str, Any]:
+    """The OpenAPI document, with the one model that there is. A body that is not valid is answered 400, not FastAPI's 422."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title, version=app.version, summary=app.summary, routes=app.routes
@@ -208,8 +208,11 @@ def _described(app: FastAPI) -> dict[str, Any]:
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
-        for name in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(name, None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(unused, None)
+        for schema in document["components"]["schemas"].values():
+            if "model" in schema.get("required", ()) and not schema["title"].endswith("List"):
+                schema["properties"]["model"]["enum"] = [name]
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         app.openapi_schema = document
     return app.openapi_schema

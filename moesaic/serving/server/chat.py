@@ -139,7 +139,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerFast, body: ChatRequest) -> list[i
             code="template_refused",
         ) from error
     # The template writes its special tokens itself, such as the one that begins a text.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _shown_tools(body: ChatRequest) -> list[Any] | None:

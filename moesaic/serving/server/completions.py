@@ -97,7 +97,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompt: Any) -> list[list
     if isinstance(prompt[0], int):
         return [prompt]
     return [
-        list(tokenizer(one)["input_ids"]) if isinstance(one, str) else list(one) for one in prompt
+        list(tokenizer(one, verbose=False)["input_ids"]) if isinstance(one, str) else list(one)
+        for one in prompt
     ]
 
 
