@@ -94,6 +94,13 @@ def tiles_of(
     ]
 
 
+def tiles_of_singles(positions_T: Tensor) -> Tiles:
+    """The launch of a step in which every sequence has one token, made on the device."""
+    numbers_T = torch.arange(len(positions_T), device=positions_T.device)
+    columns = (numbers_T, numbers_T, torch.ones_like(numbers_T), positions_T)
+    return Tiles(torch.stack(columns, dim=1).to(torch.int32), is_single=True)
+
+
 def attend(
     q_THC: Tensor,
     k_pool: Tensor,

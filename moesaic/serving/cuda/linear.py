@@ -1,4 +1,4 @@
-"""Few rows through a matrix of 8-bit weights; other weights go to torch's own product.
+"""Few rows through a matrix of 8-bit weights, or with a float32 result; else torch's own product.
 
 At few rows the time is that of reading the weights, and half the bytes are half the time. A
 matrix with fewer tiles than the GPU has multiprocessors is also cut along its depth, so that all
@@ -44,16 +44,16 @@ def linear(
 
     Args:
         x_TI: Rows, (T, I).
-        weight: 8-bit numbers with scales, or of x's dtype without.
+        weight: 8-bit numbers with scales, or wide ones without.
         bias_O: Float32 or x's dtype; added before the one rounding at the end.
         activations: Whether rows of x are rounded to e4m3 too, for weights in e4m3.
         out_dtype: Of the result; None for x's.
     """
     out_dtype = x_TI.dtype if out_dtype is None else out_dtype
     columns = weight.values.shape[0]
-    if weight.scales is None:
+    if weight.values.dtype == x_TI.dtype == out_dtype:
         bias = None if bias_O is None else bias_O.to(x_TI.dtype)
-        return functional.linear(x_TI, weight.values, bias).to(out_dtype)
+        return functional.linear(x_TI, weight.values, bias)
     if len(x_TI) == 0 or columns == 0:
         return x_TI.new_zeros(len(x_TI), columns, dtype=out_dtype)
     tile = tile_for(len(x_TI))
