@@ -40,8 +40,9 @@ def question(cluster: str = "8xA800", **changes) -> Question:
     return Question(**{**fields, **changes})
 
 
-def test_nothing_that_is_legal_and_fits_is_faster():
-    asked = question(half_layers=False)
+@pytest.mark.parametrize("usable", [0.92, 0.4], ids=["much memory", "little memory"])
+def test_nothing_that_is_legal_and_fits_is_faster(usable):
+    asked = question(half_layers=False, usable=usable)
     found = search(asked, count=3)
     work = Work(asked)
     seconds = []

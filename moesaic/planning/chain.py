@@ -55,6 +55,8 @@ class Chain:
         """Whether `cost` is exact."""
         self.cost = np.where(self.known, upper, lower * (1 - SLACK))
         """Seconds of a rank with a stage, by the stage's number, or a lower bound of them."""
+        self.least = self._slowest(self.cost)
+        """No layout has a lower bottleneck; infinite if nothing fits."""
 
     def _number_stages(self) -> None:
         """Number the stages that differ; `number` has that of every begin and end."""

@@ -77,6 +77,16 @@ class _Step(NamedTuple):
     times: int
 
 
+class _Fastest(NamedTuple):
+    """The choice of the fewest seconds."""
+
+    seconds: float
+    kept: float
+    transient: float
+    counts: tuple[int, ...]
+    """1 for this choice, 0 for the others."""
+
+
 @dataclass(frozen=True)
 class _Relaxed:
     """The linear relaxation."""
@@ -98,6 +108,7 @@ class Chooser:
         self.seconds = [np.array([c.seconds for c in kind], np.float64) for kind in kinds]
         self.kept = [np.array([c.kept_bytes for c in kind], np.float64) for kind in kinds]
         self.transient = [np.array([c.transient_bytes for c in kind], np.float64) for kind in kinds]
+        self._fastest = [_fastest(kind) for kind in kinds]
         self._levels = [tuple(sorted(set(t.tolist()))) for t in self.transient]
         self._fronts: dict[tuple[int, int], list[_Front]] = {}
         self._steps: dict[tuple[int, int], list[tuple[float, float]]] = {}
@@ -108,6 +119,9 @@ class Chooser:
 
         None if nothing fits.
         """
+        free = self._without_limit(groups)
+        if free is not None and free.bytes <= room:
+            return free
         least = sum(group.units * float(self.seconds[group.kind].min()) for group in groups)
         best: Chosen | None = None
         for level in self.levels(groups):
@@ -119,6 +133,20 @@ class Chooser:
             if best is not None and best.seconds <= least:
                 break
         return best
+
+    def _without_limit(self, groups: Sequence[Group]) -> Chosen | None:
+        """What everything would choose if there were room; None where that is not clear."""
+        seconds = kept = transient = 0.0
+        counts = []
+        for group in groups:
+            fastest = self._fastest[group.kind]
+            if fastest is None:
+                return None
+            seconds += group.units * fastest.seconds
+            kept += group.units * group.in_flight * fastest.kept
+            transient = max(transient, fastest.transient)
+            counts.append(tuple(group.units * one for one in fastest.counts))
+        return Chosen(seconds, kept + transient, tuple(counts))
 
     def least_bytes(self, groups: Sequence[Group]) -> float:
         """The fewest bytes that these units can do with."""
@@ -236,6 +264,16 @@ class Chooser:
             front = self._front(Group(kind, 1, 1.0), level)
             self._steps[key] = _hull(front.seconds.tolist(), front.kept.tolist())
         return self._steps[key]
+
+
+def _fastest(choices: Sequence[Choice]) -> _Fastest | None:
+    """None where two take the same."""
+    least = min(choice.seconds for choice in choices)
+    best = [choice for choice in choices if choice.seconds == least]
+    if len(best) > 1:
+        return None
+    counts = tuple(int(choice is best[0]) for choice in choices)
+    return _Fastest(least, best[0].kept_bytes, best[0].transient_bytes, counts)
 
 
 def pareto(seconds: Floats, kept: Floats) -> Ints:

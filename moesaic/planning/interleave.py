@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from moesaic.planning.choose import Group
+from moesaic.planning.choose import SLACK, Group
 from moesaic.planning.row import Row
 from moesaic.planning.split import Span
 
@@ -107,7 +107,7 @@ class EqualLayers:
 
     def best(self) -> list[Span] | None:
         """Stages of the least bottleneck; in each rank as equal in time as that allows."""
-        layers = self._hand_out(self._seconds)
+        layers = self._fastest()
         limit = max(self.seconds(rank, number) for rank, number in enumerate(layers))
         if limit == math.inf:
             return None
@@ -117,15 +117,46 @@ class EqualLayers:
                 counts[stage] = count
         return self._stages(counts)
 
+    def can_be_within(self, limit: float) -> bool:
+        """Whether some layout's bottleneck is within a limit."""
+        left = self._shared
+        for rank in range(self.row.problem.ranks):
+            left -= self._most(rank, limit, left)
+            if left <= 0:
+                return True
+        return False
+
+    @property
+    def _shared(self) -> int:
+        """Whole layers, whoever has them."""
+        return self.count - sum(end for _, end in self.halves)
+
+    def _most(self, rank: int, limit: float, most: int) -> int:
+        """Whole layers with which a rank is within a limit of its seconds, up to a number."""
+        row, problem = self.row, self.row.problem
+        others = sum(
+            row.kinds[kind].seconds
+            for stage in problem.stages_of(rank)
+            for kind in self._others(stage)
+        )
+        layer = row.kinds[row.whole[self.first]].seconds
+        # So many if nothing is recomputed.
+        number = min(most, math.floor((limit * problem.speeds[rank] - others) / layer + SLACK))
+        fewest = self.fewest(rank)
+        while number >= fewest and self.seconds(rank, number) > limit:
+            number -= 1
+        return number if number >= fewest else 0
+
     def slowest(self) -> float:
         """The least bottleneck; infinite if nothing fits."""
-        layers = self._hand_out(self._seconds)
+        layers = self._fastest()
         return max(self.seconds(rank, number) for rank, number in enumerate(layers))
 
     def tightest(self) -> list[Span]:
         """Stages of which the one that lacks the most bytes lacks the least."""
         counts = [0] * self.row.problem.stages
-        for rank, number in enumerate(self._hand_out(self._lack)):
+        fewest = [self.fewest(rank) for rank in range(self.row.problem.ranks)]
+        for rank, number in enumerate(self._hand_out(self._lack, fewest)):
             for stage, count in self._crowd(rank, number).items():
                 counts[stage] = count
         return self._stages(counts)
@@ -136,15 +167,31 @@ class EqualLayers:
     def _lack(self, rank: int, counts: dict[int, int]) -> float:
         return self.row.least_bytes(self._groups(counts)) - self.row.problem.budgets[rank]
 
-    def _hand_out(self, measure: Measure) -> list[int]:
+    def _fastest(self) -> list[int]:
+        """Whole layers of each rank, so that the slowest is as fast as can be."""
+        row, problem = self.row, self.row.problem
+        work = self._shared * row.kinds[row.whole[self.first]].seconds + sum(
+            row.kinds[kind].seconds
+            for stage in range(problem.stages)
+            for kind in self._others(stage)
+        )
+        # The slowest rank takes no less than the mean, up to which the order does not matter.
+        mean = work / sum(problem.speeds) * (1 - SLACK)
+        fewest = [self.fewest(rank) for rank in range(problem.ranks)]
+        begin = [
+            max(least, self._most(rank, mean, self._shared)) for rank, least in enumerate(fewest)
+        ]
+        return self._hand_out(self._seconds, begin if sum(begin) <= self._shared else fewest)
+
+    def _hand_out(self, measure: Measure, begin: Sequence[int]) -> list[int]:
         """Whole layers of each rank, so that the largest measure is the least."""
-        layers = [self.fewest(rank) for rank in range(self.row.problem.ranks)]
+        layers = list(begin)
         heap = [
             (measure(rank, self._crowd(rank, number + 1)), rank)
             for rank, number in enumerate(layers)
         ]
         heapq.heapify(heap)
-        for _ in range(self.count - sum(end for _, end in self.halves) - sum(layers)):
+        for _ in range(self._shared - sum(layers)):
             _, rank = heap[0]
             layers[rank] += 1
             more = measure(rank, self._crowd(rank, layers[rank] + 1))

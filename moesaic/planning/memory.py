@@ -500,8 +500,7 @@ def _is_recomputed(unit: int, recompute: Recomputed) -> bool:
 def _rank_states(shape: ModelShape, held: Held, units: Sequence[int]) -> States:
     total = States()
     last = 2 * len(shape.layers) + 1
-    for unit in units:
-        count = count_parameters(shape, held, unit)
+    for unit, count in zip(units, _counts(shape, held, units), strict=True):
         if unit == last and shape.tied and 0 in units:
             count = Count(float(shape.norm_parameters))
         total = total.plus(states_of(held.job, count))

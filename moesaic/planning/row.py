@@ -251,9 +251,11 @@ class _Tidy:
     def kind(
         self, seconds: Sequence[float], state: Sequence[float], choices: tuple[Choice, ...]
     ) -> _Kind:
-        if id(choices) not in self._by_id:
-            self._by_id[id(choices)] = self._seen.setdefault(choices, self._choices(choices))
-        tidy = self._by_id[id(choices)]
+        tidy = self._by_id.get(id(choices))
+        if tidy is None:
+            if choices not in self._seen:
+                self._seen[choices] = self._choices(choices)
+            tidy = self._by_id[id(choices)] = self._seen[choices]
         return _Kind(sum(map(self._seconds, seconds)), sum(map(self._bytes, state)), tidy)
 
     def _choices(self, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:

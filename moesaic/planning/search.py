@@ -39,7 +39,7 @@ from moesaic.planning.plan import SPLIT, V_SHAPED, Recompute, Schedule, Stage, T
 from moesaic.planning.schedules import can_run
 from moesaic.planning.shape import ModelShape, MoEShape, unit_names
 from moesaic.planning.simulate import in_flight
-from moesaic.planning.solve import Choice, Problem, Solution, Unit, near_optimal, solve
+from moesaic.planning.solve import Choice, Problem, Solution, Unit, near_optimal, solve_within
 from moesaic.planning.split import Span
 
 USABLE = 0.92
@@ -187,6 +187,15 @@ class Answer:
         return plan_of(self)
 
 
+class Tried(NamedTuple):
+    """What became of a combination."""
+
+    answer: Answer | None
+    """None: it is slower than it was allowed to be."""
+    is_free: bool
+    """Whether it would be the same however much memory there was."""
+
+
 class Refusal(NamedTuple):
     """Why a combination has no answer."""
 
@@ -238,18 +247,18 @@ def search(question: Question, *, count: int = 5) -> Found:
         if work.least_seconds(job) > limit:
             continue
         tried += 1
-        # To share more is only slower where nothing was recomputed for want of memory.
+        # To share more is only slower where memory did not matter.
         if job.zero > 1 and job.replace(zero=1) in free:
             continue
         if not work.may_fit(job, limit):
             refusals.append(Refusal(job, "it does not fit, or is slower if it does"))
             continue
         try:
-            answer = work.answer(job, limit=limit)
+            answer, is_free = work.tried(job, limit=limit)
         except PlanError as error:
             refusals.append(Refusal(job, str(error)))
             continue
-        if answer is None or not answer.recompute:
+        if is_free:
             free.add(job)
         if answer is not None:
             answers = sorted([*answers, answer], key=lambda a: a.seconds)[:wanted]
@@ -327,6 +336,7 @@ class Work:
         self._kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
         layers = question.shape.layers
         self._kinds = list(dict.fromkeys(layers))
+        self._places = [self._kinds.index(kind) for kind in layers]
         self._small = dataclasses.replace(question.shape, layers=tuple(self._kinds))
         heaviest = max(self._kinds, key=lambda kind: layers.count(kind))
         self._heaviest = heaviest, layers.count(heaviest)
@@ -375,10 +385,14 @@ class Work:
         the last. The least that the largest of these can be is W / (1 - (1 - 1/m)^p).
         """
         m, whole, speeds = job.micro_batches, self.whole(job), sum(self.speeds(job))
-        least = m * max(whole / speeds, self._fullest(job))
+        least = m * self.least_bottleneck(job)
         if job.interleave > 1 or job.pp == 1 or job.schedule not in ("1f1b", "gpipe"):
             return least
         return max(least, whole * job.pp / speeds / (1 - (1 - 1 / m) ** job.pp))
+
+    def least_bottleneck(self, job: Job) -> float:
+        """Seconds that some rank works on a micro-batch, at least, however much memory there is."""
+        return max(self.whole(job) / sum(self.speeds(job)), self._fullest(job))
 
     def likely_seconds(self, job: Job) -> float:
         """What a step may take: its work, and the schedule's filling over equal stages."""
@@ -447,6 +461,7 @@ class Work:
         with bytes B and seconds T for one micro-batch then takes at most the part x of them with
         x (s + n a) <= B and x (t + r) <= T, where s, t are their states and seconds and (a, r)
         what is kept and recomputed: a linear program whose best point mixes two choices at most.
+        What embedding and head need is taken from B and T before; whole layers are rounded down.
         """
         units, layers = self.bytes_of(job)
         costs = self.costs(job)
@@ -462,21 +477,31 @@ class Work:
             min(n for stage, n in enumerate(flight) if owner(stage, job) == place)
             for place in range(job.pp)
         ]
-        tau = limit / job.micro_batches
-        room = 0.0
+        tau = [limit / job.micro_batches * speed for speed in self.speeds(job)]
         budgets = [
             budget - of
             for budget, of in zip(self.question.budgets(job), self.fixed(job), strict=True)
         ]
-        for n, budget, speed in zip(least, budgets, self.speeds(job), strict=True):
+        for place, unit in ((0, 0), (owner(job.stages - 1, job), -1)):
+            tau[place] -= costs[unit].seconds
+            budgets[place] -= units[unit].states.total
+        is_whole = job.interleave > 1 or not self.question.half_layers
+        if job.interleave > 1:
+            # No stage is empty, and not all have the fewest micro-batches in flight.
+            kept = min(layers[first][choice].kept for choice in self.question.recompute)
+            for stage, n in enumerate(flight[1:-1], 1):
+                budgets[owner(stage, job)] -= (n - least[owner(stage, job)]) * kept
+        room = 0.0
+        for n, budget, seconds_left in zip(least, budgets, tau, strict=True):
             needs = [
                 (seconds + again[choice], state + n * layers[first][choice].kept)
                 for choice in self.question.recompute
             ]
-            room += _most_layers(needs, tau * speed, budget)
+            most = _most_layers(needs, seconds_left, budget) + 1e-9
+            room += math.floor(most) if is_whole else most
             if room >= count:
                 return True
-        return room >= count * (1 - 1e-9)
+        return False
 
     def problem(self, job: Job, *, is_bounded: bool = True, whole_layers: bool = False) -> Problem:
         """What the solver is asked.
@@ -492,15 +517,24 @@ class Work:
         allowed = question.recompute
         units = [_unit(costs[0], of_units[0], allowed)]
         layers = {}
-        for layer, kind in enumerate(shape.layers):
-            place = self._kinds.index(kind)
+        made: dict[tuple[int, int, int], tuple[Unit, Unit, tuple[Choice, ...]]] = {}
+        for layer, place in enumerate(self._places):
             attention, network = costs[2 * layer + 1], costs[2 * layer + 2]
-            units.append(_unit(attention, of_units[2 * place + 1], allowed))
-            units.append(_unit(network, of_units[2 * place + 2], allowed))
-            again = _recompute_seconds(attention, network)
-            layers[2 * layer + 1] = tuple(
-                Choice(choice, again[choice], *of_layers[place][choice]) for choice in allowed
-            )
+            # Layers of one kind share what was worked out for the first of them.
+            key = place, id(attention.recompute), id(network.recompute)
+            if key not in made:
+                again = _recompute_seconds(attention, network)
+                made[key] = (
+                    _unit(attention, of_units[2 * place + 1], allowed),
+                    _unit(network, of_units[2 * place + 2], allowed),
+                    tuple(
+                        Choice(choice, again[choice], *of_layers[place][choice])
+                        for choice in allowed
+                    ),
+                )
+            first, second, layers[2 * layer + 1] = made[key]
+            units.append(Unit(attention.name, attention.seconds, first.state_bytes, first.choices))
+            units.append(Unit(network.name, network.seconds, second.state_bytes, second.choices))
         units.append(_unit(costs[-1], of_units[-1], allowed))
         step = 1 if question.half_layers and not whole_layers else 2
         budgets = question.budgets(job)
@@ -528,16 +562,23 @@ class Work:
         Raises:
             PlanError: Nothing fits.
         """
-        return self._fitted(job, self.problem(job, whole_layers=job.interleave > 1), limit)
+        return self.tried(job, limit=limit).answer
+
+    def tried(self, job: Job, *, limit: float) -> Tried:
+        """As `answer`, and whether more memory would help."""
+        problem = self.problem(job, whole_layers=job.interleave > 1)
+        found, bottleneck = self._fitted(job, problem, limit)
+        return Tried(found, bottleneck <= self.least_bottleneck(job) * (1 + 1e-9))
 
     def halved(self, answer: Answer) -> Answer:
         """With several stages a rank, the best cut that may part layers, if that is faster."""
         if answer.job.interleave == 1 or not self.question.half_layers:
             return answer
-        found = self._fitted(answer.job, self.problem(answer.job), answer.seconds)
+        found, _ = self._fitted(answer.job, self.problem(answer.job), answer.seconds)
         return answer if found is None or found.seconds > answer.seconds else found
 
-    def _fitted(self, job: Job, problem: Problem, limit: float) -> Answer | None:
+    def _fitted(self, job: Job, problem: Problem, limit: float) -> tuple[Answer | None, float]:
+        """The answer, if its step is not longer than `limit`, and the least bottleneck if known."""
         least = sum(
             unit.state_bytes + min(choice.kept_bytes for choice in unit.choices)
             for unit in problem.units
@@ -546,14 +587,15 @@ class Work:
             raise PlanError(f"All pipeline ranks together need at least {least / 2**30:.1f} GiB.")
         # What belongs to no unit depends on the stages, which are not known before.
         for _ in range(6):
-            solution = solve(problem, quick=job.interleave > 1 or limit < math.inf)
-            if job.micro_batches * solution.bottleneck > limit:
-                return None
+            quick = job.interleave > 1 or limit < math.inf
+            solution = solve_within(problem, limit / job.micro_batches, quick=quick)
+            if solution is None:
+                return None, math.inf
             found = self.evaluated(job, solution)
             if found.seconds > limit:
-                return None
+                return None, solution.bottleneck
             if max(found.excess) <= 0:
-                return found
+                return found, solution.bottleneck
             budgets = tuple(
                 budget - max(0.0, 1.01 * excess)
                 for budget, excess in zip(problem.budgets, found.excess, strict=True)
@@ -638,7 +680,7 @@ def _in_flight(job: Job) -> Sequence[int]:
     return _most_in_flight(job.schedule, job.pp, job.stages, count)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.cache
 def _most_in_flight(
     schedule: Schedule, ranks: int, stages: int, micro_batches: int
 ) -> tuple[int, ...]:

@@ -205,6 +205,12 @@ class ModelShape:
     norm: Literal["rms", "layer"] = "rms"
     """A layer norm has a bias."""
 
+    def __post_init__(self) -> None:
+        # Equal layers become one object, by which it is seen at once that they are equal.
+        known: dict[LayerShape, LayerShape] = {}
+        layers = tuple(known.setdefault(layer, layer) for layer in self.layers)
+        object.__setattr__(self, "layers", layers)
+
     @property
     def norm_parameters(self) -> int:
         """Of one norm over the hidden state."""

@@ -28,7 +28,17 @@ from moesaic.planning.split import Span
 
 GIB = 2**30
 
-__all__ = ["Choice", "Problem", "Shortage", "Solution", "Unit", "near_optimal", "shortage", "solve"]
+__all__ = [
+    "Choice",
+    "Problem",
+    "Shortage",
+    "Solution",
+    "Unit",
+    "near_optimal",
+    "shortage",
+    "solve",
+    "solve_within",
+]
 
 
 class Shortage(NamedTuple):
@@ -57,9 +67,28 @@ def solve(problem: Problem, *, quick: bool = False) -> Solution:
     Raises:
         PlanError: Nothing fits, or nothing was found that fits.
     """
+    solution = solve_within(problem, math.inf, quick=quick)
+    assert solution is not None
+    return solution
+
+
+def solve_within(problem: Problem, limit: float, *, quick: bool = False) -> Solution | None:
+    """The same, or None as soon as it is clear that every bottleneck is above `limit`.
+
+    Args:
+        problem: As for `solve`.
+        limit: Seconds of the slowest rank, for one micro-batch.
+        quick: As for `solve`.
+
+    Raises:
+        PlanError: As `solve`.
+    """
     row = Row(problem)
-    stages, bound = _find(row, quick=quick)
-    return row.solution(stages, bound=bound)
+    found = _find(row, quick=quick, limit=limit)
+    if found is None:
+        return None
+    solution = row.solution(found.stages, bound=found.bound)
+    return solution if solution.bottleneck <= limit else None
 
 
 def near_optimal(problem: Problem, *, slack: float = 0.01, limit: int = 64) -> list[Solution]:
@@ -79,7 +108,9 @@ def near_optimal(problem: Problem, *, slack: float = 0.01, limit: int = 64) -> l
         PlanError: Nothing fits, or nothing was found that fits.
     """
     row = Row(problem)
-    stages, bound = _find(row, quick=False)
+    found = _find(row, quick=False)
+    assert found is not None
+    stages, bound = found
     layouts = Layouts(row)
     best = layouts.edges(stages)
     fastest = layouts.score(best).seconds[0]
@@ -103,14 +134,19 @@ def shortage(problem: Problem) -> Shortage | None:
     return found if found.needed_bytes > found.available_bytes else None
 
 
-def _find(row: Row, *, quick: bool) -> _Found:
-    """The best stages, or good ones with a bound."""
+def _find(row: Row, *, quick: bool, limit: float = math.inf) -> _Found | None:
+    """The best stages, or good ones with a bound; None if all are clearly above a limit."""
     problem, equal = row.problem, EqualLayers.of(row)
     if problem.interleave == 1:
-        return _proved(row, Chain(row).best(), quick=quick)
+        chain = Chain(row)
+        if limit < chain.least < math.inf:
+            return None
+        return _proved(row, chain.best(), quick=quick)
     if equal is None:
         return _search(row, None, None, quick=quick)
     if equal.is_all:
+        if limit < math.inf and not equal.can_be_within(limit):
+            return None
         return _proved(row, equal.best(), quick=quick)
     if not equal.has_halves or equal.count < problem.stages:
         return _search(row, equal, equal.best(), quick=quick)
