@@ -27,7 +27,7 @@ from moesaic.serving.engine.request import (
 )
 from tests.tiny import TINY
 
-EXPERTS = ((1, 3), (0, 2))
+EXPERTS = ((1, 3), (0, 2), (2, 1))
 
 
 class FakeEngine:

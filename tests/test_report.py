@@ -20,6 +20,7 @@ from moesaic.reporting.config import ReportConfig
 from moesaic.reporting.report import report
 from moesaic.reporting.runfolder import read_run
 from moesaic.training.train import train
+from tests.browser import chromium, requests_of
 from tests.fake_run import ranks_of_step, write_lines, write_run
 from tests.tiny import TINY, tiny_folder
 from tests.tiny_run import tiny_config, tiny_tokens
@@ -441,32 +442,8 @@ def test_numbers_are_written_for_people(found: str, expected: str) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    driver = shutil.which("chromedriver")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if driver is None or chromium is None:
-        pytest.skip(
-            "chromium and chromedriver are not installed (Debian: chromium chromium-driver)"
-        )
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    service = webdriver.ChromeService(driver)
-    browser = webdriver.Chrome(options=options, service=service)
-    yield browser
-    browser.quit()
-
-
-def requests_of(browser: Any) -> list[str]:
-    """Addresses that the browser asked for since the last look."""
-    messages = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
-    return [
-        message["params"]["request"]["url"]
-        for message in messages
-        if message["method"] == "Network.requestWillBeSent"
-    ]
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.mark.slow
