@@ -254,7 +254,7 @@ def test_shares_are_the_fastest_and_their_bound_is_the_linear_programs():
 @pytest.mark.parametrize(
     ("cluster", "uniform", "reference"),
     [
-        ("6x4090+1x4090-48gb", 991, 1240),
+        ("6x4090+1x4090-48gb", 1010, 1240),
         ("4x4090+2x4090-48gb", 0, 1268),
         ("3x4090-48gb+2x4090", 0, 1278),
     ],

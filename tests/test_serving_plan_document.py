@@ -76,7 +76,7 @@ def by_the_documents_rule(total, shares, layers):
     for _ in range(total * layers):
         rank = min(
             (rank for rank in range(len(shares)) if shares[rank]),
-            key=lambda rank: (Fraction(counts[rank] + 1) / Fraction(shares[rank]), rank),
+            key=lambda rank: (Fraction(counts[rank] + 1) / Fraction(shares[rank]), -rank),
         )
         counts[rank] += 1
     golden = round((math.sqrt(5) - 1) / 2 * layers)

@@ -185,7 +185,8 @@ def deal(total: int, shares: Sequence[Fraction], layers: int, *, rotated: bool) 
         return []
     if not rotated:
         return [apportion(total, shares)] * layers
-    totals = apportion(total * layers, shares)
+    # What is left over all layers goes to the last ranks: the first gathers the scores too.
+    totals = apportion(total * layers, shares[::-1])[::-1]
     edges = [0, *itertools.accumulate(count % layers for count in totals)]
     stride = _stride(layers)
     dealt = []
