@@ -8,8 +8,9 @@ assertion before that: every row remembers which position was written there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -39,11 +40,13 @@ class FakeExecutor:
         self.blocks = [[EMPTY] * block_tokens for _ in range(num_blocks)]
         self.batches: list[Batch] = []
         self.fails_at: int | None = None
+        self.before_step: Callable[[], None] = lambda: None
         self.is_closed = False
 
     def step(self, batch: Batch) -> StepResult:
         if self.fails_at is not None and len(self.batches) >= self.fails_at:
             raise RuntimeError("the machine\nis on fire")
+        self.before_step()
         self.batches.append(batch)
         batch.check(
             self.spec,
@@ -80,6 +83,11 @@ class FakeExecutor:
 
 def scores(tokens: Sequence[int], vocab_size: int = SPEC.vocab_size) -> np.ndarray:
     """Scores of what follows `tokens`, (V,), no two of them alike in practice."""
+    return _scores(tuple(tokens), vocab_size).copy()
+
+
+@functools.lru_cache(2**16)
+def _scores(tokens: tuple[int, ...], vocab_size: int) -> np.ndarray:
     digest = hashlib.blake2b(np.asarray(tokens, np.int64).tobytes(), digest_size=8).digest()
     generator = np.random.default_rng(int.from_bytes(digest))
     return generator.standard_normal(vocab_size, np.float32) * 2

@@ -261,6 +261,12 @@ class GenerateConfig(SamplingConfig):
     dtype: DType = "bfloat16"
     """Of activations, and of weights that are not stored in 8 bits."""
 
+    weights: Weights = "auto"
+    """What matrices are stored in; auto: 8-bit where the folder has them so, else as dtype."""
+
+    implementation: Literal["auto", "torch", "native"] = "auto"
+    """Whose kernels: torch's, or Moesaic's own; auto: our own where they can be built."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
 

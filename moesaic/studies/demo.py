@@ -26,26 +26,22 @@ import platform
 import shutil
 import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from moesaic.config import to_toml
 from moesaic.data.config import PrepareConfig, SourceConfig
 from moesaic.data.prepare import prepare
-from moesaic.data.tokenizer import load_tokenizer
 from moesaic.evaluation.config import EvaluateConfig
 from moesaic.evaluation.evaluate import evaluate
 from moesaic.files import write_text_atomic
-from moesaic.model.build import load_model
 from moesaic.quantizing.config import QuantizeConfig
 from moesaic.quantizing.quantize import quantize
 from moesaic.reporting.config import ReportConfig
 from moesaic.reporting.report import report
-from moesaic.serving.config import SamplingConfig
-from moesaic.serving.generate import eos_token_ids, generate_text
+from moesaic.serving.config import GenerateConfig, SamplingConfig
+from moesaic.serving.generate import generate
 from moesaic.studies.config import DemoConfig
 from moesaic.studies.smollm2 import smollm2_folder
 from moesaic.studies.stages import Done, Stage, run_stages
@@ -313,10 +309,9 @@ class _Path:
 
 
 def _answer(folder: Path, question: str, sampling: SamplingConfig) -> str:
-    model = load_model(folder, dtype=torch.bfloat16)
-    tokenizer = load_tokenizer(folder)
-    ends = eos_token_ids(folder, model)
-    return generate_text(model, tokenizer, question, sampling=sampling, eos_token_ids=ends).text
+    given = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
+    text: str = generate(GenerateConfig(model=folder, prompt=question, **given))["text"]
+    return text
 
 
 def _summary(config: DemoConfig, stages: list[Stage], done: Mapping[str, Done]) -> dict[str, Any]:

@@ -467,12 +467,12 @@ class Engine:
         for work in works:
             self._scheduler.done(work)
         counts = self._counts
+        counts.steps += 1
         counts.computed_tokens += batch.num_tokens
         if batch.hidden:
             self._take_hidden(works, lives, result)
         else:
             self._take_scores(works, lives, result)
-        counts.steps += 1
         ended = time.perf_counter()
         counts.last_step_seconds = ended - started
         counts.executor_seconds += answered - asked
@@ -622,12 +622,24 @@ def _put_all(events: list[tuple[asyncio.Queue[Event], Event]]) -> None:
         waiting.put_nowait(event)
 
 
-def completions(request: Request, events: queue.SimpleQueue[Event]) -> list[Completion]:
-    """Wait until a request has ended and put its events together, answer by answer."""
+def completions(
+    request: Request,
+    events: queue.SimpleQueue[Event],
+    *,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> list[Completion]:
+    """Wait until a request has ended and put its events together, answer by answer.
+
+    Args:
+        request: What `submit` returned.
+        events: Where it puts them.
+        on_event: Called with each, on this thread.
+    """
     parts: dict[int, list[Event]] = {index: [] for index in range(request.sampling.n)}
     while True:
         event = events.get()
         parts[event.index].append(event)
+        on_event(event)
         if event.is_last:
             return [_completion(request, index, pieces) for index, pieces in parts.items()]
 

@@ -174,24 +174,17 @@ class Scheduler:
 
     def _grow(self) -> int:
         """Give every running answer blocks for all its tokens; how many were preempted for it."""
-        preempted = 0
+        before = self.num_preemptions
         for answer in list(self.running):
             missing = self._blocks_for(len(answer.tokens)) - len(answer.blocks)
-            if missing <= 0:
-                continue
-            while self.pool.num_available < missing:
-                newest = self.running[-1]
-                self._preempt(newest)
-                preempted += 1
-                if newest is answer:
-                    break
-            else:
+            while answer.blocks and missing > self.pool.num_available:
+                self._preempt(self.running[-1])
+            if not answer.blocks:  # preempted, as is whoever is newer
+                break
+            if missing > 0:
                 answer.blocks += self.pool.take(missing)
                 answer.table = tuple(answer.blocks)
-                continue
-            # Whoever was newer than this one is preempted too.
-            break
-        return preempted
+        return self.num_preemptions - before
 
     def _preempt(self, answer: Answer) -> None:
         popped = self.running.pop()

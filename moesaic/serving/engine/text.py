@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 """What the decoder writes for bytes that are no character, or not yet."""
+
+BLANK_SIGN = "\N{LOWER ONE EIGHTH BLOCK}"
+"""What other tokenizers write for a blank."""
 
 LONGEST_HALF = 3
 """A character has at most 4 bytes; what is written for a part of one, at most so many signs."""
@@ -116,10 +120,6 @@ class TokenTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
-        decoder = json.loads(self._tokenizer.to_str()).get("decoder") or {}
-        self._is_byte_level = _mentions(decoder, "ByteLevel")
-        self._blank = "\N{LOWER ONE EIGHTH BLOCK}" if _has_blank_sign(decoder) else None
-        self._added = set(self._tokenizer.get_added_tokens_decoder())
         self._known: dict[int, tuple[str, bytes]] = {}
 
     def __getitem__(self, token: int) -> tuple[str, bytes]:
@@ -136,20 +136,26 @@ class TokenTexts:
             return b""
         if token in self._added:
             return str(piece).encode()
-        if self._is_byte_level:
+        if _mentions(self._decoder, "ByteLevel"):
             return bytes(_BYTES[sign] for sign in piece if sign in _BYTES)
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
-        return str(piece if self._blank is None else piece.replace(self._blank, " ")).encode()
+        if BLANK_SIGN in json.dumps(self._decoder, ensure_ascii=False):
+            piece = piece.replace(BLANK_SIGN, " ")
+        return str(piece).encode()
+
+    @functools.cached_property
+    def _decoder(self) -> Any:
+        return json.loads(self._tokenizer.to_str()).get("decoder") or {}
+
+    @functools.cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
 
 
 def _mentions(decoder: Any, kind: str) -> bool:
     inner = decoder.get("decoders", ())
     return decoder.get("type") == kind or any(_mentions(part, kind) for part in inner)
-
-
-def _has_blank_sign(decoder: Any) -> bool:
-    return "\N{LOWER ONE EIGHTH BLOCK}" in json.dumps(decoder, ensure_ascii=False)
 
 
 def _byte_signs() -> dict[str, int]:
