@@ -3,14 +3,17 @@
     one     1 rank of 1 thread
     pp      2 ranks of 1 thread: 15 layers each, 1F1B
 
-For each layout `moesaic measure` times the layers of the demo's MoE on as many ranks, the planner
-predicts the step from that table and nothing else, and `moesaic train` takes the step: the same
-session, one after the other, and measured once more afterwards to see what drifted.
+For each layout `moesaic measure` times the layers of the demo's MoE on as many ranks, and then
+training takes its steps. Before each step the same ranks time their layers once more, in the same
+process, so that each step stands beside a table of the same minute:
 
-A machine that does other work meanwhile makes all of that longer, the layers by another factor
-than the steps. So two things are compared: the step's time on the wall; and for each rank the time
-that its thread has the processor, which is what the layers' sum predicts, without any waiting.
-With `--clock processor` layers too are timed by that, and only the latter means much.
+    ahead       predicted from what the command measured before training
+    beside      predicted for each step from what was measured just before it; links as ahead
+
+A machine that does other work makes all of that longer, layers by another factor than steps. So two
+things are compared: a step's time on the wall; and for each rank the time that its thread has the
+processor, which is what its layers' sum predicts, without any waiting. With `--clock processor`
+layers too are timed by that; then only the latter means much.
 
     make demo
     python benchmarks/measured_prediction.py [--demo demo] [--clock wall] [--layouts one pp]
@@ -50,7 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     if arguments.child:
-        train_and_watch(arguments.child)
+        train_and_watch(arguments.child, arguments.clock)
         return
     before = machine()
     found = {}
@@ -75,33 +78,61 @@ def main() -> None:
 
 
 def compare(name: str, arguments: argparse.Namespace, scratch: Path) -> dict[str, object]:
-    """Measure, predict, train, measure again."""
+    """Measure, and train with measurements between the steps; predict from both."""
+    from moesaic.planning.measured import MeasuredTable
     from moesaic.planning.plan import TrainPlan
 
     plan_file = scratch / f"{name}.json"
     head = {"format": "moesaic-train-plan", "version": 1}
     plan_file.write_text(json.dumps({**head, **PLANS[name]}))
     plan = TrainPlan.load(plan_file)
-    first = measured(arguments, scratch / f"{name}-1.json", plan.world_size)
-    steps = train(arguments, scratch / f"{name}-run", plan_file, plan.world_size)
-    second = measured(arguments, scratch / f"{name}-2.json", plan.world_size)
-    predictions = [predicted(arguments, plan, table) for table in (first, second)]
-    wall = statistics.median(step["wall"] for step in steps[0])
-    processor = [statistics.median(step["processor"] for step in rank) for rank in steps]
+    table_file = measured(arguments, scratch / f"{name}-table.json", plan.world_size)
+    ranks = train(arguments, scratch / f"{name}-run", plan_file, plan.world_size)
+    table = MeasuredTable.load(table_file)
+    rows = []
+    for of_ranks in zip(*ranks, strict=True):
+        # Each rank by its own layers.
+        beside = [
+            predicted(arguments, plan, dataclasses.replace(table, units=units_of(of)))
+            for of in of_ranks
+        ]
+        rows.append(
+            {
+                "wall": max(of["wall"] for of in of_ranks),
+                "processor": [of["processor"] for of in of_ranks],
+                "predicted_wall": max(one["wall"] for one in beside),
+                "predicted_processor": [one["busy"][rank] for rank, one in enumerate(beside)],
+            }
+        )
+    ahead = predicted(arguments, plan, table)
     return {
-        "predicted": predictions,
-        "measured": {"wall": wall, "processor": processor},
+        "ahead": ahead,
+        "steps": rows,
         "error": {
-            "wall": [one["wall"] / wall - 1 for one in predictions],
-            "processor": [
-                [ours / theirs - 1 for ours, theirs in zip(one["busy"], processor, strict=True)]
-                for one in predictions
-            ],
+            "ahead": {
+                "wall": ahead["wall"] / statistics.median(row["wall"] for row in rows) - 1,
+                "processor": [
+                    busy / statistics.median(row["processor"][rank] for row in rows) - 1
+                    for rank, busy in enumerate(ahead["busy"])
+                ],
+            },
+            "beside": {
+                "wall": [row["predicted_wall"] / row["wall"] - 1 for row in rows],
+                "processor": [
+                    [row["predicted_processor"][rank] / row["processor"][rank] - 1 for row in rows]
+                    for rank in range(plan.world_size)
+                ],
+            },
         },
-        "steps": steps,
-        "units": [json.loads(table.read_text())["units"] for table in (first, second)],
-        "about": [json.loads(table.read_text())["about"] for table in (first, second)],
+        "table": json.loads(table_file.read_text()),
     }
+
+
+def units_of(step: dict) -> tuple:
+    """The units that a rank measured before a step."""
+    from moesaic.planning.measured import read_unit
+
+    return tuple(map(read_unit, step["units"]))
 
 
 def measured(arguments: argparse.Namespace, table: Path, ranks: int) -> Path:
@@ -114,17 +145,16 @@ def measured(arguments: argparse.Namespace, table: Path, ranks: int) -> Path:
     return table
 
 
-def predicted(arguments: argparse.Namespace, plan: object, table_file: Path) -> dict[str, object]:
+def predicted(arguments: argparse.Namespace, plan: object, table: object) -> dict[str, object]:
     """Seconds of a step on the wall, and of each rank without waiting."""
     from moesaic.checkpoint.folder import read_spec
     from moesaic.planning.cluster import read_cluster
     from moesaic.planning.cost import predict, rank_of, step_costs
     from moesaic.planning.job import job_of
     from moesaic.planning.layout import fit
-    from moesaic.planning.measured import MeasuredTable
     from moesaic.planning.shape import shape_of
 
-    spec, table = read_spec(arguments.demo / "upcycled"), MeasuredTable.load(table_file)
+    spec = read_spec(arguments.demo / "upcycled")
     header = json.loads((arguments.demo / "tokens" / "header.json").read_text())
     job = job_of(
         plan,
@@ -183,7 +213,7 @@ def train(
     )
     recipe = folder.with_suffix(".toml")
     recipe.write_text(to_toml(config))
-    command = [sys.executable, __file__, "--child", str(recipe)]
+    command = [sys.executable, __file__, "--child", str(recipe), "--clock", arguments.clock]
     status = start_ranks(command, size=ranks, config=dataclasses.replace(config.launch))
     if status:
         raise SystemExit(f"training ended with status {status}")
@@ -193,26 +223,53 @@ def train(
     return [of_rank[1:] for of_rank in steps]
 
 
-def train_and_watch(recipe: Path) -> None:
+def train_and_watch(recipe: Path, clock: str) -> None:
     """One rank: train all but the last step of the recipe, and write down what each took."""
+    import torch
+
     import moesaic
     from moesaic.config import build, load_toml
+    from moesaic.measuring.config import MeasureConfig
+    from moesaic.measuring.measure import timed_units
+    from moesaic.measuring.rounds import ProcessorTime, time_rounds
+    from moesaic.parallel.stopwatch import Stopwatch
+    from moesaic.planning.measured import unit_json
     from moesaic.training import train as job
     from moesaic.training.config import TrainConfig
 
     config = build(TrainConfig, load_toml(recipe), where=recipe)
+    data = config.data
+    asked = MeasureConfig(model=str(config.model), tokens=data.tokens, micro_batch=data.micro_batch)
     out = config.run.with_suffix(f".steps.{os.environ.get('RANK', '0')}.json")
-    steps: list[dict[str, float]] = []
+    steps: list[dict[str, object]] = []
+    units: list[object] = []
     take_step = job._Job.take_step
 
     def timed(self: job._Job, *args: object, **named: object) -> object:
         if len(steps) == config.steps - 1:
             # No model folder is wanted, and the last step is what would write one.
             os._exit(0)
+        world = self.model.world
+        units[:] = units or timed_units(asked, world)
+        samples = time_rounds(
+            [case for one in units for case in one.cases],
+            rounds=2,
+            warmup_rounds=0 if steps else 2,
+            clock=lambda case: (
+                ProcessorTime() if clock == "processor" else Stopwatch(torch.device("cpu"))
+            ),
+            meet=world.everyone.wait_for_all,
+            seed=len(steps),
+        )
+        world.everyone.wait_for_all()
         wall, processor = time.perf_counter(), time.thread_time()
         done = take_step(self, *args, **named)
         steps.append(
-            {"wall": time.perf_counter() - wall, "processor": time.thread_time() - processor}
+            {
+                "wall": time.perf_counter() - wall,
+                "processor": time.thread_time() - processor,
+                "units": [unit_json(one.measured(samples)) for one in units],
+            }
         )
         out.write_text(json.dumps(steps))
         return done
@@ -223,17 +280,22 @@ def train_and_watch(recipe: Path) -> None:
 
 def report(name: str, result: dict) -> None:
     """One layout's errors."""
-    wall, busy = result["measured"]["wall"], result["measured"]["processor"]
-    for when, one in zip(("before", "after"), result["predicted"], strict=True):
-        parts = ", ".join(
-            f"rank {rank} {ours:.2f} s of {theirs:.2f} ({ours / theirs - 1:+.1%})"
-            for rank, (ours, theirs) in enumerate(zip(one["busy"], busy, strict=True))
-        )
+    ahead, beside = result["error"]["ahead"], result["error"]["beside"]
+    print(f"{name}: step {statistics.median(row['wall'] for row in result['steps']):.2f} s")
+    print(f"  on the wall: ahead {ahead['wall']:+.1%}; beside {_list(beside['wall'])}")
+    for rank, (before, then) in enumerate(
+        zip(ahead["processor"], beside["processor"], strict=True)
+    ):
+        seconds = statistics.median(row["processor"][rank] for row in result["steps"])
         print(
-            f"{name}, from layers measured {when}: step {one['wall']:.2f} s of {wall:.2f} "
-            f"({one['wall'] / wall - 1:+.1%}); processor: {parts}",
+            f"  rank {rank} has the processor for {seconds:.2f} s: ahead {before:+.1%}; "
+            f"beside {_list(then)}",
             flush=True,
         )
+
+
+def _list(errors: list[float]) -> str:
+    return ", ".join(f"{error:+.1%}" for error in errors)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from moesaic.data.tokenfolder import TokenFolder
 from moesaic.errors import PlanError
 from moesaic.measuring.config import MeasureConfig
 from moesaic.measuring.links import Exchange, fit_line, measured_links, sizes
-from moesaic.measuring.measure import _sorts, measure
+from moesaic.measuring.measure import measure, sorts_of_rows
 from moesaic.measuring.rounds import Action, ProcessorTime, pooled, slowest, summary, time_rounds
 from moesaic.measuring.units import Pass, Rows, Timed, Workload, distinct_units
 from moesaic.moe.config import RoutingConfig
@@ -171,7 +171,7 @@ def counted(spec, sorts=None):
     timed = [Timed.of(unit, world, sorts or [rows()], **sizes) for unit in distinct_units(spec)]
     cases = [case for one in timed for case in one.cases]
     samples = time_rounds(cases, rounds=1, warmup_rounds=1, clock=lambda case: Work())
-    return {one.unit.kind: one.measured(samples, {}, spec.hidden_dim) for one in timed}
+    return {one.unit.kind: one.measured(samples) for one in timed}
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def test_micro_batches_of_several_documents_count_by_their_share():
         label = case.name.rpartition(" ")[0]
         for action in (*case.forward(), *case.backward()):
             samples[case.name, action.name] = [seconds.get(label, 5.0)] * 3
-    found = one.measured(samples, {}, 32)
+    found = one.measured(samples)
     assert found.forward == found.backward == 0.75 * 1 + 0.25 * 3
     assert found.update == 5.0
     masks = {case.workload.mask is None for case in one.cases if isinstance(case, Pass)}
@@ -293,7 +293,7 @@ def test_rows_of_a_token_folder_are_taken_with_their_documents(tmp_path):
         tmp_path / "tokens", {"a": documents}, sequence_length=16, vocab_size=VOCAB_SIZE
     )
     config = MeasureConfig(model="x", tokens=folder, micro_batch=1)
-    sorts = _sorts(config, MOE, TokenFolder(folder), 16, torch.device("cpu"))
+    sorts = sorts_of_rows(config, MOE, torch.device("cpu"))
     rows_in_all = TokenFolder(folder).num_sequences("train")
     assert [sort.share for sort in sorts] == [1 - 2 / rows_in_all, 2 / rows_in_all]
     assert [int(sort.documents_BS.unique().numel()) for sort in sorts] == [1, 2]

@@ -71,28 +71,17 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
 
 
 def _measure_joined(config: MeasureConfig, size: int, watch: Watch) -> dict[str, Any]:
-    spec = _spec(config)
-    folder = None if config.tokens is None else TokenFolder(config.tokens)
-    length = _length(config, spec, folder)
-    world = World.join(fit(_plan(config, size), spec), _device(config))
-    sorts = _sorts(config, spec, folder, length, world.device)
-    dtype = getattr(torch, config.compute_dtype)
-    timed = [
-        Timed.of(unit, world, sorts, dtype=dtype, routing=config.routing)
-        for unit in distinct_units(spec)
-    ]
+    world = World.join(fit(_plan(config, size), _spec(config)), _device(config))
+    _check_clock(config, world)
+    timed = timed_units(config, world)
     links = exchanges(world, config.largest_message)
     busy = _load()
-    _check_clock(config, world)
     of_units, of_links = _time(config, world, timed, links, watch)
     table = MeasuredTable(
         device=_device_name(world.device),
         # Ranks on processors share them; each GPU is its rank's own.
         ranks=size if world.device.type == "cpu" else None,
-        units=tuple(
-            one.measured(of_units, _conditions(one, config, world, length), spec.hidden_dim)
-            for one in timed
-        ),
+        units=tuple(one.measured(of_units) for one in timed),
         links=measured_links(links, of_links),
         about={
             **_about(config, size, world.device),
@@ -101,6 +90,21 @@ def _measure_joined(config: MeasureConfig, size: int, watch: Watch) -> dict[str,
     )
     first_does(world.everyone, lambda: table.save(config.out))
     return {**table.to_json(), "out": str(config.out)}
+
+
+def timed_units(config: MeasureConfig, world: World) -> list[Timed]:
+    """This rank's share of every kind of unit, ready to be timed.
+
+    Raises:
+        ConfigError: The tokens are not of this model or not of this length.
+        FolderError: They cannot be read.
+    """
+    sorts = sorts_of_rows(config, world.layout.spec, world.device)
+    dtype = getattr(torch, config.compute_dtype)
+    return [
+        Timed.of(unit, world, sorts, dtype=dtype, routing=config.routing)
+        for unit in distinct_units(world.layout.spec)
+    ]
 
 
 def _time(
@@ -161,39 +165,19 @@ def _plan(config: MeasureConfig, size: int) -> TrainPlan:
     )
 
 
-def _length(config: MeasureConfig, spec: ModelSpec, folder: TokenFolder | None) -> int:
-    if folder is None:
-        assert config.sequence is not None, "the config refuses both to be left out"
-        return config.sequence
-    if folder.vocab_size > spec.vocab_size:
-        raise ConfigError(
-            f"{folder.path} holds tokens up to {folder.vocab_size - 1}, but {config.model} has "
-            f"{spec.vocab_size} embeddings. Take the tokens of its own training."
-        )
-    if config.sequence not in (None, folder.sequence_length):
-        raise ConfigError(
-            f"sequence is {config.sequence}, but rows of {folder.path} have "
-            f"{folder.sequence_length} tokens. Leave one of them out."
-        )
-    return folder.sequence_length
-
-
-def _sorts(
-    config: MeasureConfig,
-    spec: ModelSpec,
-    folder: TokenFolder | None,
-    length: int,
-    device: torch.device,
-) -> list[Rows]:
+def sorts_of_rows(config: MeasureConfig, spec: ModelSpec, device: torch.device) -> list[Rows]:
     """A micro-batch whose rows are of one document each, one whose are not, or either."""
-    if folder is None:
+    if config.tokens is None:
+        assert config.sequence is not None, "the config refuses both to be left out"
         generator = torch.Generator().manual_seed(0)
-        shape = (config.micro_batch, length)
+        shape = (config.micro_batch, config.sequence)
         ids, targets = (
             torch.randint(0, spec.vocab_size, shape, generator=generator).to(device)
             for _ in range(2)
         )
         return [Rows(ids, targets, None)]
+    folder = TokenFolder(config.tokens)
+    _check_tokens(config, spec, folder)
     order = BatchOrder(folder, batch_size=config.micro_batch, seed=0)
     rows = max(1, folder.num_sequences("train") // config.micro_batch)
     batches = [order.batch(step) for step in range(min(LOOKED_AT, rows))]
@@ -206,24 +190,22 @@ def _sorts(
     return found
 
 
+def _check_tokens(config: MeasureConfig, spec: ModelSpec, folder: TokenFolder) -> None:
+    if folder.vocab_size > spec.vocab_size:
+        raise ConfigError(
+            f"{folder.path} holds tokens up to {folder.vocab_size - 1}, but {config.model} has "
+            f"{spec.vocab_size} embeddings. Take the tokens of its own training."
+        )
+    if config.sequence not in (None, folder.sequence_length):
+        raise ConfigError(
+            f"sequence is {config.sequence}, but rows of {folder.path} have "
+            f"{folder.sequence_length} tokens. Leave one of them out."
+        )
+
+
 def _is_mixed(batch: Batch) -> bool:
     """Whether a row has tokens of several documents."""
     return bool((batch.documents_BS != batch.documents_BS[:, :1]).any())
-
-
-def _conditions(one: Timed, config: MeasureConfig, world: World, length: int) -> dict[str, Any]:
-    plan = world.layout.plan
-    conditions: dict[str, Any] = {
-        "sequence": length,
-        "micro_batch": config.micro_batch,
-        "tp": plan.tp,
-        "cp": 1,
-        "dtype": {"bfloat16": "bf16", "float32": "fp32"}[config.compute_dtype],
-    }
-    if one.unit.kind == "experts":
-        conditions["expert_ranks"] = plan.expert_ranks
-        conditions["expert_tensor_ranks"] = plan.expert_tensor_ranks
-    return conditions
 
 
 def _device(config: MeasureConfig) -> torch.device:

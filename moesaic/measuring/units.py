@@ -285,6 +285,9 @@ class Timed:
     """A unit, and the cases that time it."""
 
     unit: UnitAt
+    hidden: int
+    conditions: Mapping[str, Any]
+    """As `MeasuredUnit` has them."""
     shares: Mapping[str, float]
     """By the beginning of the cases' names, how many micro-batches are of that sort."""
     cases: list[Case]
@@ -312,11 +315,21 @@ class Timed:
             cases += [Pass(workload, way, f"{label} {way}") for way in ways(unit.kind)]
         assert model is not None, f"{sorts=}"
         cases.append(Update(model, f"{unit.name} update"))
-        return cls(unit, shares, cases)
+        plan = world.layout.plan
+        batch, length = sorts[0].tokens_BS.shape
+        conditions = {
+            "sequence": length,
+            "micro_batch": batch,
+            "tp": plan.tp,
+            "cp": 1,
+            "dtype": {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
+        }
+        if unit.kind == "experts":
+            conditions["expert_ranks"] = plan.expert_ranks
+            conditions["expert_tensor_ranks"] = plan.expert_tensor_ranks
+        return cls(unit, world.layout.spec.hidden_dim, conditions, shares, cases)
 
-    def measured(
-        self, samples: Samples, conditions: Mapping[str, Any], hidden: int
-    ) -> MeasuredUnit:
+    def measured(self, samples: Samples) -> MeasuredUnit:
         """Medians and spreads of what was found."""
         found: dict[str, float] = {}
         spread: dict[str, float] = {}
@@ -332,8 +345,8 @@ class Timed:
         found["summing"] = min(max(0.0, found["summing"]), found["backward"])
         return MeasuredUnit(
             kind=self.unit.kind,
-            conditions=conditions,
-            hidden=hidden,
+            conditions=self.conditions,
+            hidden=self.hidden,
             shape=self.unit.shape,
             layers=self.unit.layers,
             recompute=again,

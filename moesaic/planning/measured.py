@@ -141,7 +141,7 @@ class MeasuredTable:
         try:
             return cls(
                 device=str(raw.get("device", "")),
-                units=tuple(map(_unit, raw["units"])),
+                units=tuple(map(read_unit, raw["units"])),
                 links=tuple(map(_link, raw.get("links", ()))),
                 ranks=None if raw.get("ranks") is None else int(raw["ranks"]),
                 about=dict(raw.get("about", {})),
@@ -156,18 +156,13 @@ class MeasuredTable:
 
     def to_json(self) -> dict[str, Any]:
         """What the file holds."""
-        units = []
-        for unit in self.units:
-            raw = {**dataclasses.asdict(unit), **unit.conditions}
-            del raw["conditions"]
-            units.append(raw)
         return {
             "format": MEASURED_FORMAT,
             "version": MEASURED_VERSION,
             "device": self.device,
             "ranks": self.ranks,
             "about": dict(self.about),
-            "units": units,
+            "units": [unit_json(unit) for unit in self.units],
             "links": [dataclasses.asdict(link) for link in self.links],
         }
 
@@ -280,7 +275,15 @@ _SECONDS = ("forward", "input_gradient", "weight_gradient")
 _MORE_SECONDS = ("backward", "summing", "update")
 
 
-def _unit(raw: Mapping[str, Any]) -> MeasuredUnit:
+def unit_json(unit: MeasuredUnit) -> dict[str, Any]:
+    """What the file holds of a unit."""
+    raw = {**dataclasses.asdict(unit), **unit.conditions}
+    del raw["conditions"]
+    return raw
+
+
+def read_unit(raw: Mapping[str, Any]) -> MeasuredUnit:
+    """A unit from what the file holds. Raises KeyError, TypeError or ValueError."""
     seconds = {key: float(raw[key]) for key in _SECONDS}
     more = {key: float(raw[key]) for key in _MORE_SECONDS if raw.get(key) is not None}
     again = {str(key): float(value) for key, value in raw.get("recompute", {}).items()}
