@@ -64,7 +64,8 @@ def test_a_product_is_that_of_the_weights_as_stored(native, kind, rows):
     x = random(rows, 100).bfloat16()
     packed = PackedLinear.pack(data, kind, scale_O=scale, bias_O=bias, native=native)
     expected = x.float() @ meant.T + bias
-    assert_close(packed(x, torch.float32), expected, 1e-5)
+    # int8 meets activations of 16 bits, each within 2^-16 of its row's largest.
+    assert_close(packed(x, torch.float32), expected, 1e-4 if kind == "int8" else 1e-5)
     assert_close(packed(x), expected)
 
 

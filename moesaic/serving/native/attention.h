@@ -60,7 +60,7 @@ struct Pool {
     }
   }
   // A row as bfloat16, padded with zeros to a multiple of 32.
-  void read(const char* from, bf16* to, const Widener<Kind::float8>& widen) const {
+  void read(const char* from, bf16* to, const Widener& widen) const {
     for (int64_t c = 0; c < dim; c += 32) {
       const __mmask32 mask = first32(dim - c);
       __m512i v;
@@ -183,7 +183,7 @@ struct Attention {
   // Rows [begin, end) of a pool as pointers to bfloat16.
   void rows_of(
       const Pool& pool, const Piece& piece, const bf16** rows, bf16* space,
-      const Widener<Kind::float8>& widen) const {
+      const Widener& widen) const {
     for (int64_t p = piece.begin; p < piece.end; ++p) {
       const char* from = pool.row(piece.sequence->table, piece.head, p);
       const int64_t i = p - piece.begin;
@@ -197,7 +197,7 @@ struct Attention {
   }
 
   void attend_piece(const Piece& piece, bf16* space, uint32_t* chances) const {
-    const Widener<Kind::float8> widen;
+    const Widener widen;
     const bf16* rows[kPiece + 16];
     const int64_t positions = piece.end - piece.begin;
     const int64_t padded = round_up(positions, 16);
@@ -347,7 +347,7 @@ struct Attention {
 
   // 32 positions: keys as a panel of which they are the rows, values as a block of columns.
   void pack(const Packing& packing, bf16* space) const {
-    const Widener<Kind::float8> widen;
+    const Widener widen;
     bf16* to_keys = packed_keys + packing.packed;
     bf16* to_values = packed_values + packing.packed;
     const int64_t count = std::min(kPanel, packing.sequence->length() - packing.position);

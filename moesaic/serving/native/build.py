@@ -15,9 +15,10 @@ LIBRARY = Library(
     headers=tuple(sorted(Path(__file__).parent.glob("*.h"))),
     features=(
         *("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-        *("avx512bf16", "avx512vbmi", "amx-tile", "amx-bf16"),
+        *("avx512bf16", "avx512vbmi", "avx512vnni", "gfni"),
+        *("amx-tile", "amx-bf16", "amx-int8"),
     ),
-    needs=("avx512_bf16", "avx512vbmi"),
+    needs=("avx512_bf16", "avx512vbmi", "avx512_vnni", "gfni"),
 )
 
 

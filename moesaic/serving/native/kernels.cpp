@@ -4,8 +4,7 @@
 // with few rows both the cores' shares of the memory's bandwidth and the experts' sizes balance.
 // What is computed does not depend on the number of threads: every sum has one owner.
 //
-// Shapes are those of halves.py. A left factor is bfloat16, (rows + kSlack, columns rounded up to
-// 64), with zeros in the padding columns; rows of the slack may hold anything.
+// Shapes are those of halves.py.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -80,10 +79,10 @@ struct Norm {
   }
 };
 
-// Rows [begin, end) of x in bfloat16, normed or as they are.
-void left_rows(
-    const Tensor& x, const Norm* norm, bf16* out, int64_t padded, int64_t begin, int64_t end) {
-  const int64_t width = x.size(1);
+// Rows [begin, end) of x as a left factor, normed or as they are.
+void left_rows(const Tensor& x, const Norm* norm, const Left& left, int64_t begin, int64_t end) {
+  const int64_t width = x.size(1), padded = left.stride;
+  bf16* out = left.wide;
   typed(x, [&](auto* data) {
     for (int64_t t = begin; t < end; ++t) {
       if (norm != nullptr) {
@@ -96,26 +95,27 @@ void left_rows(
       }
     }
   });
+  left.split(begin, end);
 }
 
 // ---- one matrix ---------------------------------------------------------------------------
 
 Tensor multiply_matrix(const Tensor& x, const Norm* norm, const Matrix& matrix, bool wide) {
   check_x(x, matrix.cols);
-  const int64_t count = x.size(0), padded = matrix.width();
+  const int64_t count = x.size(0);
   Tensor y = at::empty({count, matrix.rows}, x.options().dtype(wide ? at::kFloat : at::kBFloat16));
   Arena& arena = Arena::mine();
-  bf16* left = arena.take<bf16>((count + kSlack) * padded);
-  Scratch* scratch = scratches(arena, padded / kPanel);
+  const Left left = left_factor(arena, count, matrix.width(), matrix.kind);
+  Scratch* scratch = scratches(arena, matrix.width());
   Queue queue;
   queue.reset(matrix.panels(), team_size());
   together([&](const Member& me) {
     const Tiles tiles(has_tiles());
-    left_rows(x, norm, left, padded, me.begin(count), me.end(count));
+    left_rows(x, norm, left, me.begin(count), me.end(count));
     me.wait();
     queue.run(me, [&](int64_t panel) {
       typed(y, [&](auto* out) {
-        matrix.multiply_panel(panel, left, padded, count, scratch[me.index], out, matrix.rows);
+        matrix.multiply_panel(panel, left, count, scratch[me.index], out);
       });
     });
   });
@@ -178,12 +178,12 @@ struct Experts : CustomClassHolder {
     return round_up(inner, 2 * kPanel);
   }
   Panels first(int64_t expert) const {
-    Panels panels{static_cast<const uint8_t*>(w13.const_data_ptr()), kind, width() / kPanel};
+    Panels panels{static_cast<const uint8_t*>(w13.const_data_ptr()), kind, width()};
     panels.data += expert * 2 * inner_panels() * panels.panel_bytes();
     return panels;
   }
   Panels second(int64_t expert) const {
-    Panels panels{static_cast<const uint8_t*>(w2.const_data_ptr()), kind, inner_width() / kPanel};
+    Panels panels{static_cast<const uint8_t*>(w2.const_data_ptr()), kind, inner_width()};
     panels.data += expert * outer_panels() * panels.panel_bytes();
     return panels;
   }
@@ -215,11 +215,14 @@ class Grouped {
         routed == nullptr ? 0 : routed->inner_width(), shared == nullptr ? 0 : shared->inner_width());
     inner_width_ = inner;
     const int64_t copies = (routed == nullptr ? 0 : tokens * top_k) + (shared == nullptr ? 0 : tokens);
-    gathered_ = arena.take<bf16>((copies + kSlack) * width_);
-    inner_ = arena.take<bf16>((copies + kSlack) * inner);
-    results_ = arena.take<float>((copies + kSlack) * width_);
+    const bool splits = (routed != nullptr && routed->kind == Kind::int8) ||
+        (shared != nullptr && shared->kind == Kind::int8);
+    const Kind kind = splits ? Kind::int8 : Kind::bfloat16;
+    gathered_ = left_factor(arena, copies, width_, kind);
+    inner_ = left_factor(arena, copies, inner, kind);
+    results_ = arena.take<float>(copies * width_);
     slots_ = arena.take<int32_t>(tokens * top_k + 1);
-    scratch_ = scratches(arena, std::max(width_, inner) / kPanel);
+    scratch_ = scratches(arena, std::max(width_, inner));
   }
 
   // Sorts copies by expert. One thread calls it, before a barrier; `experts` counts from 0 here,
@@ -250,33 +253,38 @@ class Grouped {
         slots_[i] = held ? static_cast<int32_t>(next[expert]++) : -1;
       }
     }
-    shared_row_ = rows;
+    shared_row_ = rows_ = rows;
     if (shared_ != nullptr) {
       add(shared_, 0, rows, tokens_);
+      rows_ += tokens_;
     }
     inner_queue_.reset(inner_panels_, size);
     outer_queue_.reset(outer_panels_, size);
   }
 
-  // Everything after `sort` and its barrier; `left` are the normed rows, and y gets
-  // sum of gate * result for tokens [begin, end) in done(token, d, mask, sum).
+  // Everything after `sort` and its barrier; `left` are the normed rows. Each token's sum of
+  // gate * result goes to done(token, d, mask, sum), 16 numbers at a time.
   template <typename Done>
   void run(
-      const Member& me, const bf16* left, const float* gates, const float* shared_gates,
+      const Member& me, const Left& left, const float* gates, const float* shared_gates,
       const Done& done) {
-    for (int64_t i = me.begin(tokens_ * top_k_); i < me.end(tokens_ * top_k_) && routed_ != nullptr;
-         ++i) {
-      if (slots_[i] >= 0) {
-        std::memcpy(
-            gathered_ + slots_[i] * width_, left + i / top_k_ * width_,
-            static_cast<size_t>(width_) * 2);
+    const auto bring = [&](int64_t token, int64_t slot) {
+      std::memcpy(
+          gathered_.wide + slot * width_, left.wide + token * width_,
+          static_cast<size_t>(width_) * 2);
+      gathered_.split(slot, slot + 1);
+    };
+    if (routed_ != nullptr) {
+      for (int64_t i = me.begin(tokens_ * top_k_); i < me.end(tokens_ * top_k_); ++i) {
+        if (slots_[i] >= 0) {
+          bring(i / top_k_, slots_[i]);
+        }
       }
     }
     if (shared_ != nullptr) {
-      const int64_t begin = me.begin(tokens_), end = me.end(tokens_);
-      std::memcpy(
-          gathered_ + (shared_row_ + begin) * width_, left + begin * width_,
-          static_cast<size_t>((end - begin) * width_) * 2);
+      for (int64_t t = me.begin(tokens_); t < me.end(tokens_); ++t) {
+        bring(t, shared_row_ + t);
+      }
     }
     me.wait();
     Scratch& scratch = scratch_[me.index];
@@ -286,6 +294,10 @@ class Grouped {
       activate(job, item - job.first_inner, scratch);
     });
     me.wait();
+    if (inner_.high != nullptr) {
+      inner_.split(me.begin(rows_), me.end(rows_));
+      me.wait();
+    }
     at = 0;
     outer_queue_.run(me, [&](int64_t item) {
       const Job& job = job_of(item, at, [](const Job& j) { return j.first_outer; });
@@ -336,13 +348,14 @@ class Grouped {
   // 32 columns of silu(x w1^T) * (x w3^T).
   void activate(const Job& job, int64_t panel, Scratch& scratch) {
     const Experts& e = *job.weights;
-    const int64_t stride = e.inner_width(), rows = e.inner_panels() * kPanel;
-    bf16* out = inner_ + job.row * inner_width_ + panel * kPanel;
+    const int64_t rows = e.inner_panels() * kPanel;
+    bf16* out = inner_.wide + job.row * inner_width_ + panel * kPanel;
     const float* scale =
         e.scale13 == nullptr ? nullptr : e.scale13 + job.expert * 2 * rows + panel * kPanel;
-    const bool pads = panel == e.inner_panels() - 1 && rows < stride;
+    // Columns up to the widest network's are zero; the last panel sees to it.
+    const int64_t pads = panel == e.inner_panels() - 1 ? inner_width_ - rows : 0;
     multiply(
-        e.first(job.expert), 2 * panel, 2, gathered_ + job.row * width_, width_, job.rows, scratch,
+        e.first(job.expert), 2 * panel, 2, gathered_.from(job.row), job.rows, scratch,
         [&](int64_t row, const float* sums) {
           for (int64_t c = 0; c < kPanel; c += 16) {
             __m512 h1 = _mm512_loadu_ps(sums + c);
@@ -351,12 +364,9 @@ class Grouped {
               h1 = _mm512_mul_ps(h1, _mm512_loadu_ps(scale + c));
               h3 = _mm512_mul_ps(h3, _mm512_loadu_ps(scale + rows + c));
             }
-            bf16* to = out + row * inner_width_ + c;
-            store16(to, 0xffff, _mm512_mul_ps(silu(h1), h3));
-            if (pads) {
-              store16(to + kPanel, 0xffff, _mm512_setzero_ps());
-            }
+            store16(out + row * inner_width_ + c, 0xffff, _mm512_mul_ps(silu(h1), h3));
           }
+          std::fill_n(out + row * inner_width_ + kPanel, pads, bf16{0});
         });
   }
 
@@ -368,8 +378,8 @@ class Grouped {
         ? nullptr
         : e.scale2 + (job.expert * e.outer_panels() + panel) * kPanel;
     multiply(
-        e.second(job.expert), panel, 1, inner_ + job.row * inner_width_, inner_width_, job.rows,
-        scratch, [&](int64_t row, const float* sums) {
+        e.second(job.expert), panel, 1, inner_.from(job.row), job.rows, scratch,
+        [&](int64_t row, const float* sums) {
           for (int64_t c = 0; c < kPanel; c += 16) {
             __m512 v = _mm512_loadu_ps(sums + c);
             if (scale != nullptr) {
@@ -382,11 +392,11 @@ class Grouped {
 
   const Experts* routed_;
   const Experts* shared_;
-  int64_t tokens_, top_k_, dim_, width_, inner_width_, shared_row_ = 0;
+  int64_t tokens_, top_k_, dim_, width_, inner_width_, shared_row_ = 0, rows_ = 0;
   int64_t inner_panels_ = 0, outer_panels_ = 0;
   std::vector<Job> jobs_;
   Queue inner_queue_, outer_queue_;
-  bf16 *gathered_, *inner_; // copies (width), activations (inner width)
+  Left gathered_, inner_; // copies of rows, and what is between the two products
   float* results_;          // (copies, width)
   int32_t* slots_;          // row of each token's k-th copy; -1 where its expert is not held
   Scratch* scratch_;
@@ -401,15 +411,15 @@ Tensor experts(
           chosen.scalar_type() == at::kLong && gates.scalar_type() == at::kFloat &&
           chosen.is_contiguous() && gates.is_contiguous(),
       "experts must be int64 and gates float32, both contiguous, (T, K)");
-  const int64_t tokens = x.size(0), padded = weights->width();
+  const int64_t tokens = x.size(0);
   Tensor y = at::empty(x.sizes(), x.options().dtype(at::kFloat));
   float* out = y.data_ptr<float>();
   Arena& arena = Arena::mine();
-  bf16* left = arena.take<bf16>((tokens + kSlack) * padded);
+  const Left left = left_factor(arena, tokens, weights->width(), Kind::bfloat16);
   Grouped grouped(weights.get(), nullptr, tokens, chosen.size(1), weights->dim, arena);
   together([&](const Member& me) {
     const Tiles tiles(has_tiles());
-    left_rows(x, nullptr, left, padded, me.begin(tokens), me.end(tokens));
+    left_rows(x, nullptr, left, me.begin(tokens), me.end(tokens));
     if (me.leads()) {
       grouped.sort(chosen.const_data_ptr<int64_t>(), first_expert, me.size);
     }
@@ -432,14 +442,14 @@ struct DenseHalf : CustomClassHolder {
 
   Tensor forward(const Tensor& x) {
     check_x(x, network->dim);
-    const int64_t tokens = x.size(0), padded = network->width(), dim = network->dim;
+    const int64_t tokens = x.size(0), dim = network->dim;
     Tensor y = at::empty(x.sizes(), x.options());
     Arena& arena = Arena::mine();
-    bf16* left = arena.take<bf16>((tokens + kSlack) * padded);
+    const Left left = left_factor(arena, tokens, network->width(), Kind::bfloat16);
     Grouped grouped(nullptr, network.get(), tokens, 0, dim, arena);
     together([&](const Member& me) {
       const Tiles tiles(has_tiles());
-      left_rows(x, &norm, left, padded, me.begin(tokens), me.end(tokens));
+      left_rows(x, &norm, left, me.begin(tokens), me.end(tokens));
       if (me.leads()) {
         grouped.sort(nullptr, 0, me.size);
       }
@@ -484,13 +494,13 @@ struct ExpertsHalf : CustomClassHolder {
 
   std::tuple<Tensor, Tensor> forward(const Tensor& x) {
     check_x(x, routed->dim);
-    const int64_t tokens = x.size(0), padded = routed->width(), dim = routed->dim;
+    const int64_t tokens = x.size(0), dim = routed->dim, padded = routed->width();
     const int64_t count = router.size(0);
     Tensor y = at::empty(x.sizes(), x.options());
     Tensor chosen_tensor = at::empty({tokens, top_k}, x.options().dtype(at::kLong));
     auto* chosen = chosen_tensor.data_ptr<int64_t>();
     Arena& arena = Arena::mine();
-    bf16* left = arena.take<bf16>((tokens + kSlack) * padded);
+    const Left left = left_factor(arena, tokens, padded, Kind::bfloat16);
     float* scores = arena.take<float>(tokens * count * 2);
     float* gates = arena.take<float>(tokens * top_k);
     float* shared_gates = shared_gate.has_value() ? arena.take<float>(tokens) : nullptr;
@@ -502,25 +512,25 @@ struct ExpertsHalf : CustomClassHolder {
       const Tiles tiles(has_tiles());
       const int64_t begin = little ? 0 : me.begin(tokens), end = little ? tokens : me.end(tokens);
       if (!little || me.leads()) {
-        left_rows(x, &norm, left, padded, begin, end);
+        left_rows(x, &norm, left, begin, end);
       }
       if (!little) {
         me.wait();
         // Experts are divided, not tokens: few tokens may meet many experts.
         for (int64_t t = 0; t < tokens; ++t) {
-          score(left + t * padded, scores + t * count * 2, me.begin(count), me.end(count));
+          score(left.wide + t * padded, scores + t * count * 2, me.begin(count), me.end(count));
         }
         me.wait();
       } else if (me.leads()) {
         for (int64_t t = 0; t < tokens; ++t) {
-          score(left + t * padded, scores + t * count * 2, 0, count);
+          score(left.wide + t * padded, scores + t * count * 2, 0, count);
         }
       }
       if (!little || me.leads()) {
         for (int64_t t = begin; t < end; ++t) {
           choose(scores + t * count * 2, count, chosen + t * top_k, gates + t * top_k);
           if (shared_gates != nullptr) {
-            const float logit = product(left + t * padded, shared_gate->const_data_ptr<float>(), dim);
+            const float logit = product(left.wide + t * padded, shared_gate->const_data_ptr<float>(), dim);
             shared_gates[t] = 1.0f / (1.0f + std::exp(-logit));
           }
         }
@@ -659,15 +669,15 @@ struct AttentionHalf : CustomClassHolder {
     const int64_t joined = out->width();
     Tensor y = at::empty({tokens, out->rows}, x.options());
     Arena& arena = Arena::mine();
-    bf16* left = arena.take<bf16>((tokens + kSlack) * padded);
+    const Left left = left_factor(arena, tokens, padded, qkv->kind);
     float* rows = arena.take<float>(tokens * columns);
     bf16* queries = arena.take<bf16>((tokens + kSlack) * heads() * width);
-    bf16* found = arena.take<bf16>((tokens + kSlack) * joined);
+    const Left found = left_factor(arena, tokens, joined, out->kind);
     attention.partial = arena.take<float>(attention.partials * (2 + width));
     attention.packed_keys = arena.take<bf16>(attention.packed);
     attention.packed_values = arena.take<bf16>(attention.packed);
     attention.queries = queries;
-    attention.out = found;
+    attention.out = found.wide;
     attention.out_stride = joined;
     int64_t most = 0; // query rows of a piece
     for (const Attention::Piece& piece : attention.pieces) {
@@ -684,7 +694,7 @@ struct AttentionHalf : CustomClassHolder {
     float* scores = arena.take<float>(blocks ? size * kPanel * kSpan : 0);
     bf16* softened = arena.take<bf16>(blocks ? size * kPanel * kSpan : 0);
     float* sums = arena.take<float>(blocks ? size * kPanel * width : 0);
-    Scratch* scratch = scratches(arena, std::max(padded, joined) / kPanel);
+    Scratch* scratch = scratches(arena, std::max(padded, joined));
     std::vector<const Sequence*> owner;
     for (const Sequence& sequence : attention.sequences) {
       owner.insert(owner.end(), sequence.count, &sequence);
@@ -700,10 +710,10 @@ struct AttentionHalf : CustomClassHolder {
     const float* sine = sines.const_data_ptr<float>();
     together([&](const Member& me) {
       const Tiles tiles(uses_tiles);
-      left_rows(x, &norm, left, padded, me.begin(tokens), me.end(tokens));
+      left_rows(x, &norm, left, me.begin(tokens), me.end(tokens));
       me.wait();
       qkv_queue.run(me, [&](int64_t panel) {
-        qkv->multiply_panel(panel, left, padded, tokens, scratch[me.index], rows, columns);
+        qkv->multiply_panel(panel, left, tokens, scratch[me.index], rows);
       });
       me.wait();
       const int64_t vectors = heads() + 2 * kv_heads();
@@ -714,7 +724,8 @@ struct AttentionHalf : CustomClassHolder {
             sine + token * dim, queries);
       }
       for (int64_t t = me.begin(tokens); t < me.end(tokens); ++t) {
-        std::fill(found + t * joined + heads() * dim, found + (t + 1) * joined, bf16{0});
+        bf16* row = found.wide + t * joined;
+        std::fill(row + heads() * dim, row + joined, bf16{0});
       }
       me.wait();
       packing_queue.run(me, [&](int64_t i) {
@@ -733,9 +744,13 @@ struct AttentionHalf : CustomClassHolder {
           me, [&](int64_t i) { attention.attend_block(attention.blocks[i], space); });
       join(attention, me, uses_tiles);
       me.wait();
+      if (found.high != nullptr) {
+        found.split(me.begin(tokens), me.end(tokens));
+        me.wait();
+      }
       typed(y, [&](auto* to) {
         out_queue.run(me, [&](int64_t panel) {
-          out->multiply_panel(panel, found, joined, tokens, scratch[me.index], to, out->rows);
+          out->multiply_panel(panel, found, tokens, scratch[me.index], to);
         });
       });
     });
@@ -872,7 +887,8 @@ struct AttentionHalf : CustomClassHolder {
 
 bool is_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
 }
 
 // For tests and measurements: whether tiles are used where the processor has them.

@@ -1,9 +1,16 @@
 // Packed matrices, and their products with few rows and with many.
 //
-// A matrix (rows, cols) is kept as panels of 32 rows; a panel as blocks of 32 columns; a block as
-// two tiles of 16 rows. A tile is what the processor's products take as their right factor: for
-// each pair of columns the 16 rows' pairs, 64 bytes of bfloat16. At 8 bits two such lines share 64
-// bytes, line by line in turns of 8 bytes, which is the order in which they are widened.
+// A matrix (rows, cols) is kept as panels of 32 rows; a panel as blocks of columns; a block as two
+// tiles of 16 rows. A tile is what the processor's products take as their right factor, in lines of
+// 64 bytes:
+//
+//     bfloat16   a line has a pair of columns of 16 rows; 16 lines, 32 columns a block
+//     int8       a line has four columns of 16 rows; 16 lines, 64 columns a block
+//     float8     becomes bfloat16 on its way: two lines of it share 64 bytes, in turns of 8 bytes
+//
+// int8 is multiplied as int8. The left factor's rows become 16-bit integers with a scale each,
+// which lose less than bfloat16 does, as two planes of bytes: x = scale (256 high + low). What two
+// products of bytes take is what one of bfloat16 would, and nothing has to be widened.
 
 #pragma once
 
@@ -26,7 +33,6 @@ using at::Tensor;
 
 constexpr int64_t kPanel = 32;      // rows of a panel, columns of a block
 constexpr int64_t kBlock = kPanel * kPanel; // numbers of a block: two tiles
-constexpr int64_t kFew = 4;         // at most this many rows go without tiles
 constexpr int64_t kSlack = 32;      // rows that may be read beyond the last of a left factor
 
 // ---- tiles --------------------------------------------------------------------------------
@@ -75,57 +81,102 @@ class Tiles {
   const bool used_;
 };
 
+// ---- left factors -------------------------------------------------------------------------
+
+// Rows of activations, as products take them. Behind the last row as many as kSlack may be read.
+struct Left {
+  bf16* wide = nullptr;
+  int64_t stride = 0; // numbers of a row, a multiple of 64; the padding is zero
+  int64_t width = 0;  // how many of them a product takes
+  // Where int8 weights are met:
+  int8_t* high = nullptr;
+  uint8_t* low = nullptr;
+  float* scale = nullptr;
+
+  Left from(int64_t row) const {
+    Left part{wide + row * stride, stride, width};
+    if (high != nullptr) {
+      part.high = high + row * stride;
+      part.low = low + row * stride;
+      part.scale = scale + row;
+    }
+    return part;
+  }
+
+  // Once rows [begin, end) are there in bfloat16: their planes, where they are needed.
+  void split(int64_t begin, int64_t end) const {
+    for (int64_t row = begin; row < end && high != nullptr; ++row) {
+      split(row);
+    }
+  }
+
+ private:
+  void split(int64_t row) const {
+    const bf16* x = wide + row * stride;
+    __m512 most = _mm512_setzero_ps();
+    for (int64_t i = 0; i < stride; i += 16) {
+      most = _mm512_max_ps(most, _mm512_abs_ps(load16(x + i, 0xffff)));
+    }
+    const float largest = _mm512_reduce_max_ps(most);
+    scale[row] = largest / 32767.0f;
+    const __m512 factor = _mm512_set1_ps(largest > 0 ? 32767.0f / largest : 0.0f);
+    for (int64_t i = 0; i < stride; i += 16) {
+      const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(load16(x + i, 0xffff), factor));
+      _mm_storeu_si128(
+          reinterpret_cast<__m128i*>(high + row * stride + i),
+          _mm512_cvtepi32_epi8(_mm512_srai_epi32(v, 8)));
+      _mm_storeu_si128(
+          reinterpret_cast<__m128i*>(low + row * stride + i), _mm512_cvtepi32_epi8(v));
+    }
+  }
+};
+
 // ---- products with one panel --------------------------------------------------------------
 
-constexpr int64_t kAhead = 4096; // bytes between what is read and what is fetched
+constexpr int64_t kAhead = 1024; // bytes between what is read and what is fetched
 
-inline void fetch(const uint8_t* p, int64_t bytes) {
+inline void fetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(p + kAhead + i), _MM_HINT_T0);
+    _mm_prefetch(static_cast<const char*>(p) + kAhead + i, _MM_HINT_T0);
   }
 }
 
-inline __m512i pair_at(const bf16* p) {
+inline __m512i word_at(const void* p, int32_t flip = 0) {
   int32_t word;
   std::memcpy(&word, p, sizeof word);
-  return _mm512_set1_epi32(word);
+  return _mm512_set1_epi32(word ^ flip);
 }
 
-// out[M][32] = x[M][32 blocks] panel^T, each byte of the panel read once.
+// out[M][32] = x[M] panel^T, each byte of the panel read once.
 template <Kind kind, int M>
-void few_rows(const uint8_t* w, int64_t blocks, const bf16* x, int64_t stride, float* out) {
-  constexpr int64_t kItem = kind == Kind::bfloat16 ? 2 : 1;
-  constexpr int64_t kTile = kBlock / 2 * kItem;
-  [[maybe_unused]] const Widener<kind> widen;
+void few_rows(const uint8_t* w, const Left& x, float* out) {
+  constexpr int64_t kTile = kBlock / 2 * (kind == Kind::bfloat16 ? 2 : 1);
+  [[maybe_unused]] const Widener widen;
   __m512 sum[M][4];
   for (int m = 0; m < M; ++m) {
     for (int i = 0; i < 4; ++i) {
       sum[m][i] = _mm512_setzero_ps();
     }
   }
-  for (int64_t k = 0; k < blocks; ++k, w += 2 * kTile) {
+  for (int64_t k = 0; k < x.width; k += kPanel, w += 2 * kTile) {
 #pragma GCC unroll 8
     for (int v = 0; v < 8; ++v) {
       __m512i left0, left1, right0, right1; // rows 0 to 15 and 16 to 31, two pairs of columns
       if constexpr (kind == Kind::bfloat16) {
-        _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + v * 256), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + v * 256 + 64), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + v * 256 + 128), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + v * 256 + 192), _MM_HINT_T0);
+        fetch(w + v * 256, 256);
         left0 = _mm512_load_si512(w + v * 128);
         left1 = _mm512_load_si512(w + v * 128 + 64);
         right0 = _mm512_load_si512(w + kTile + v * 128);
         right1 = _mm512_load_si512(w + kTile + v * 128 + 64);
       } else {
-        _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + v * 128), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + v * 128 + 64), _MM_HINT_T0);
+        fetch(w + v * 128, 128);
         widen(_mm512_load_si512(w + v * 64), left0, left1);
         widen(_mm512_load_si512(w + kTile + v * 64), right0, right1);
       }
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        const bf16* at = x + m * stride + k * kPanel + v * 4;
-        const __m512i pair0 = pair_at(at), pair1 = pair_at(at + 2);
+        const bf16* at = x.wide + m * x.stride + k + v * 4;
+        const __m512i pair0 = word_at(at), pair1 = word_at(at + 2);
         sum[m][0] = dot(sum[m][0], left0, pair0);
         sum[m][1] = dot(sum[m][1], right0, pair0);
         sum[m][2] = dot(sum[m][2], left1, pair1);
@@ -139,81 +190,138 @@ void few_rows(const uint8_t* w, int64_t blocks, const bf16* x, int64_t stride, f
   }
 }
 
-template <Kind kind>
-void few_rows(
-    const uint8_t* w, int64_t blocks, const bf16* x, int64_t stride, int64_t rows, float* out) {
-  switch (rows) {
-    case 1:
-      return few_rows<kind, 1>(w, blocks, x, stride, out);
-    case 2:
-      return few_rows<kind, 2>(w, blocks, x, stride, out);
-    case 3:
-      return few_rows<kind, 3>(w, blocks, x, stride, out);
-    default:
-      return few_rows<kind, 4>(w, blocks, x, stride, out);
+// scale (256 high + low) of sums of bytes.
+inline __m512 join_planes(__m512i high, __m512i low, float scale) {
+  const __m512 sum =
+      _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low));
+  return _mm512_mul_ps(sum, _mm512_set1_ps(scale));
+}
+
+template <int M>
+void few_rows_int8(const uint8_t* w, const Left& x, float* out) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i weights[2], high[M][2], low[M][2];
+  for (int half = 0; half < 2; ++half) {
+    weights[half] = _mm512_setzero_si512();
+    for (int m = 0; m < M; ++m) {
+      high[m][half] = low[m][half] = _mm512_setzero_si512();
+    }
+  }
+  for (int64_t k = 0; k < x.width; k += 2 * kPanel, w += 2 * kBlock) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 16; ++v) {
+      fetch(w + v * 128, 128);
+      const __m512i line[2] = {
+          _mm512_load_si512(w + v * 64), _mm512_load_si512(w + kBlock + v * 64)};
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        // Bytes of the left factor must be unsigned: 128 is added to them, and taken off below.
+        weights[half] = _mm512_dpbusd_epi32(weights[half], ones, line[half]);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const int64_t at = m * x.stride + k + v * 4;
+          const int32_t flip = static_cast<int32_t>(0x80808080);
+          high[m][half] = _mm512_dpbusd_epi32(high[m][half], word_at(x.high + at, flip), line[half]);
+          low[m][half] = _mm512_dpbusd_epi32(low[m][half], word_at(x.low + at), line[half]);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int half = 0; half < 2; ++half) {
+      const __m512i added = _mm512_slli_epi32(weights[half], 7);
+      _mm512_storeu_ps(
+          out + m * kPanel + half * 16,
+          join_planes(_mm512_sub_epi32(high[m][half], added), low[m][half], x.scale[m]));
+    }
   }
 }
 
-// out[16][32] = x[16][32 blocks] panel^T for a panel of bfloat16 and an even number of blocks.
-inline void tiles_16(const bf16* w, int64_t blocks, const bf16* x, int64_t stride, float* out) {
+template <Kind kind>
+void few_rows(const uint8_t* w, const Left& x, int64_t rows, float* out) {
+  const auto call = [&]<int M>() {
+    if constexpr (kind == Kind::int8) {
+      few_rows_int8<M>(w, x, out);
+    } else {
+      few_rows<kind, M>(w, x, out);
+    }
+  };
+  switch (rows) {
+    case 1:
+      return call.template operator()<1>();
+    case 2:
+      return call.template operator()<2>();
+    case 3:
+      return call.template operator()<3>();
+    default:
+      return call.template operator()<4>();
+  }
+}
+
+inline void zero_tiles() {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  // Even and odd blocks have sums of their own: one sum would wait for itself.
-  for (int64_t k = 0; k < blocks; k += 2, w += 2048) {
-    const auto* bytes = reinterpret_cast<const uint8_t*>(w);
-    fetch(bytes, 4096);
-    _tile_loadd(4, x + k * kPanel, stride * 2);
+}
+
+template <typename Number>
+void store_tiles(Number* even, Number* odd) {
+  _tile_stored(0, even, kPanel * 4);
+  _tile_stored(1, even + 16, kPanel * 4);
+  _tile_stored(2, odd, kPanel * 4);
+  _tile_stored(3, odd + 16, kPanel * 4);
+}
+
+// out[16][32] = x[16] panel^T. Two blocks of columns at a time, with sums of their own: one sum
+// would wait for itself. `blocks_at(k)` are the blocks of columns k and k + 32.
+template <typename Blocks>
+void tiles_16(const Left& x, float* out, const Blocks& blocks_at) {
+  zero_tiles();
+  for (int64_t k = 0; k < x.width; k += 2 * kPanel) {
+    const bf16* w = blocks_at(k);
+    _tile_loadd(4, x.wide + k, x.stride * 2);
     _tile_loadd(6, w, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, w + 512, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, x + (k + 1) * kPanel, stride * 2);
+    _tile_loadd(5, x.wide + k + kPanel, x.stride * 2);
     _tile_loadd(6, w + 1024, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_loadd(7, w + 1536, 64);
     _tile_dpbf16ps(3, 5, 7);
   }
   alignas(64) float odd[16 * kPanel];
-  _tile_stored(0, out, kPanel * 4);
-  _tile_stored(1, out + 16, kPanel * 4);
-  _tile_stored(2, odd, kPanel * 4);
-  _tile_stored(3, odd + 16, kPanel * 4);
+  store_tiles(out, odd);
   for (int i = 0; i < 16 * kPanel; i += 16) {
     _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_loadu_ps(out + i), _mm512_load_ps(odd + i)));
   }
 }
 
-// out[32][32] = x[32][32 blocks] panel^T for a panel of bfloat16.
-inline void tiles_32(const bf16* w, int64_t blocks, const bf16* x, int64_t stride, float* out) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  const bf16* below = x + 16 * stride;
-  for (int64_t k = 0; k < blocks; ++k, w += 1024) {
+// out[32][32] = x[32] panel^T; `block_at(k)` is the block of column k.
+template <typename Block>
+void tiles_32(const Left& x, float* out, const Block& block_at) {
+  zero_tiles();
+  const bf16* below = x.wide + 16 * x.stride;
+  for (int64_t k = 0; k < x.width; k += kPanel) {
+    const bf16* w = block_at(k);
     _tile_loadd(6, w, 64);
-    _tile_loadd(4, x + k * kPanel, stride * 2);
+    _tile_loadd(4, x.wide + k, x.stride * 2);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, w + 512, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, below + k * kPanel, stride * 2);
+    _tile_loadd(5, below + k, x.stride * 2);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, out, kPanel * 4);
-  _tile_stored(1, out + 16, kPanel * 4);
-  _tile_stored(2, out + 16 * kPanel, kPanel * 4);
-  _tile_stored(3, out + 16 * kPanel + 16, kPanel * 4);
+  store_tiles(out, out + 16 * kPanel);
 }
 
-// A panel of 8 bits as one of bfloat16.
-template <Kind kind>
-void widen_panel(const uint8_t* w, int64_t blocks, bf16* out) {
-  const Widener<kind> widen;
-  for (int64_t i = 0; i < blocks * 16; ++i, w += 64, out += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(w + kAhead), _MM_HINT_T0);
+// `vectors` times 64 numbers of e4m3 as bfloat16.
+inline void widen_run(const uint8_t* w, int64_t vectors, bf16* out) {
+  const Widener widen;
+  for (int64_t i = 0; i < vectors; ++i, w += 64, out += 64) {
+    fetch(w, 64);
     __m512i first, second;
     widen(_mm512_load_si512(w), first, second);
     _mm512_store_si512(out, first);
@@ -221,9 +329,60 @@ void widen_panel(const uint8_t* w, int64_t blocks, bf16* out) {
   }
 }
 
+// out[rows][32] = x panel^T for at most 32 rows and a panel of bfloat16.
+inline void tiles_bfloat16(const uint8_t* panel, const Left& x, int64_t rows, float* out) {
+  const auto* w = reinterpret_cast<const bf16*>(panel);
+  if (rows > 16) {
+    return tiles_32(x, out, [&](int64_t k) { return w + k * kPanel; });
+  }
+  tiles_16(x, out, [&](int64_t k) {
+    const bf16* blocks = w + k * kPanel;
+    fetch(blocks, 4 * kBlock);
+    return blocks;
+  });
+}
+
+// The same for a panel of e4m3. It is widened block by block, so that this overlaps with the
+// products of the blocks before.
+inline void tiles_float8(const uint8_t* w, const Left& x, int64_t rows, float* out) {
+  alignas(64) bf16 space[2][2 * kBlock];
+  const auto widened = [&](int64_t k, int64_t columns) {
+    bf16* blocks = space[k / columns % 2];
+    widen_run(w + k * kPanel, columns * kPanel / 64, blocks);
+    return blocks;
+  };
+  if (rows > 16) {
+    return tiles_32(x, out, [&](int64_t k) { return widened(k, kPanel); });
+  }
+  tiles_16(x, out, [&](int64_t k) { return widened(k, 2 * kPanel); });
+}
+
+// out[16][32] = x[16] panel^T for a panel of int8.
+inline void tiles_int8(const uint8_t* w, const Left& x, int64_t rows, float* out) {
+  zero_tiles();
+  for (int64_t k = 0; k < x.width; k += 2 * kPanel, w += 2 * kBlock) {
+    fetch(w, 2 * kBlock);
+    _tile_loadd(4, x.high + k, x.stride);
+    _tile_loadd(6, w, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, w + kBlock, 64);
+    _tile_dpbssd(1, 4, 7);
+    _tile_loadd(5, x.low + k, x.stride);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
+  }
+  alignas(64) int32_t high[16 * kPanel], low[16 * kPanel];
+  store_tiles(high, low);
+  for (int64_t i = 0; i < rows * kPanel; i += 16) {
+    _mm512_storeu_ps(
+        out + i,
+        join_planes(_mm512_load_si512(high + i), _mm512_load_si512(low + i), x.scale[i / kPanel]));
+  }
+}
+
 // What a thread needs of its own while it multiplies.
 struct Scratch {
-  alignas(64) float sums[2][kPanel * kPanel];
+  alignas(64) float sums[2][kBlock];
   bf16* widened; // two panels, aligned
 };
 
@@ -233,79 +392,69 @@ struct Scratch {
 struct Panels {
   const uint8_t* data;
   Kind kind;
-  int64_t blocks;
+  int64_t width; // columns with padding
 
   int64_t panel_bytes() const {
-    return blocks * kBlock * (kind == Kind::bfloat16 ? 2 : 1);
+    return kPanel * width * (kind == Kind::bfloat16 ? 2 : 1);
   }
   const uint8_t* panel(int64_t index) const {
     return data + index * panel_bytes();
   }
 };
 
+// Rows up to which vectors are as fast as tiles.
+inline int64_t few(Kind kind) {
+  return kind == Kind::bfloat16 ? 2 : 1;
+}
+
 // Products of `count` (1 or 2) panels, one behind the other, with `rows` rows of x:
-// done(row, sums), sums being [count][32 numbers] at a distance of kPanel * kPanel.
+// done(row, sums), sums being 32 numbers of the first and, kBlock behind, those of the second.
 template <typename Done>
 void multiply(
-    const Panels& weight, int64_t first, int count, const bf16* x, int64_t stride, int64_t rows,
-    Scratch& scratch, const Done& done) {
-  const auto finish = [&](int64_t row, int64_t size) {
-    for (int64_t i = 0; i < size; ++i) {
-      done(row + i, scratch.sums[0] + i * kPanel);
+    const Panels& weight, int64_t first, int count, const Left& x, int64_t rows, Scratch& scratch,
+    const Done& done) {
+  const uint8_t* w = weight.panel(first);
+  const int64_t bytes = weight.panel_bytes();
+  // Calls product(panel, left rows, how many, sums) for `most` rows at a time.
+  const auto run = [&](int64_t most, const uint8_t* panels, int64_t distance, const auto& product) {
+    for (int64_t row = 0; row < rows; row += most) {
+      const int64_t size = std::min(most, rows - row);
+      for (int part = 0; part < count; ++part) {
+        Left left = x.from(row);
+        left.width = weight.width;
+        product(panels + part * distance, left, size, scratch.sums[part]);
+      }
+      for (int64_t i = 0; i < size; ++i) {
+        done(row + i, scratch.sums[0] + i * kPanel);
+      }
     }
   };
-  const uint8_t* w = weight.panel(first);
-  const int64_t blocks = weight.blocks;
-  const bool tiles = rows > kFew && has_tiles();
-  if (!tiles && (rows <= kFew || weight.kind == Kind::bfloat16)) {
-    for (int64_t row = 0; row < rows; row += kFew) {
-      const int64_t size = std::min(kFew, rows - row);
-      for (int part = 0; part < count; ++part) {
-        const uint8_t* panel = w + part * weight.panel_bytes();
-        const bf16* from = x + row * stride;
-        switch (weight.kind) {
-          case Kind::bfloat16:
-            few_rows<Kind::bfloat16>(panel, blocks, from, stride, size, scratch.sums[part]);
-            break;
-          case Kind::float8:
-            few_rows<Kind::float8>(panel, blocks, from, stride, size, scratch.sums[part]);
-            break;
-          case Kind::int8:
-            few_rows<Kind::int8>(panel, blocks, from, stride, size, scratch.sums[part]);
-            break;
-        }
-      }
-      finish(row, size);
+  const bool tiles = rows > few(weight.kind) && has_tiles();
+  if (weight.kind == Kind::int8) {
+    if (tiles) {
+      return run(16, w, bytes, tiles_int8);
     }
-    return;
+    return run(4, w, bytes, few_rows<Kind::int8>);
   }
-  const auto* wide = reinterpret_cast<const bf16*>(w);
-  if (weight.kind != Kind::bfloat16) {
-    if (weight.kind == Kind::float8) {
-      widen_panel<Kind::float8>(w, count * blocks, scratch.widened);
-    } else {
-      widen_panel<Kind::int8>(w, count * blocks, scratch.widened);
+  if (weight.kind == Kind::float8) {
+    if (tiles && rows <= 32) {
+      return run(32, w, bytes, tiles_float8);
     }
-    wide = scratch.widened;
-  }
-  const int64_t most = tiles ? kPanel : kFew;
-  for (int64_t row = 0; row < rows; row += most) {
-    const int64_t size = std::min(most, rows - row);
-    for (int part = 0; part < count; ++part) {
-      const bf16* panel = wide + part * blocks * kBlock;
-      const bf16* from = x + row * stride;
-      float* out = scratch.sums[part];
-      if (!tiles) {
-        few_rows<Kind::bfloat16>(
-            reinterpret_cast<const uint8_t*>(panel), blocks, from, stride, size, out);
-      } else if (size <= 16) {
-        tiles_16(panel, blocks, from, stride, out);
-      } else {
-        tiles_32(panel, blocks, from, stride, out);
-      }
+    if (rows <= 4) {
+      return run(4, w, bytes, few_rows<Kind::float8>);
     }
-    finish(row, size);
   }
+  const uint8_t* wide = w;
+  int64_t distance = bytes;
+  if (weight.kind == Kind::float8) {
+    widen_run(w, count * bytes / 64, scratch.widened);
+    wide = reinterpret_cast<const uint8_t*>(scratch.widened);
+    distance = 2 * bytes;
+  }
+  if (!tiles) {
+    return run(4, wide, distance, few_rows<Kind::bfloat16>);
+  }
+  run(32, wide, distance, tiles_bfloat16);
 }
 
 inline int64_t item_bytes(Kind kind) {
@@ -364,17 +513,16 @@ struct Matrix : torch::CustomClassHolder {
     return round_up(cols, 2 * kPanel);
   }
   Panels weight() const {
-    return {static_cast<const uint8_t*>(data.const_data_ptr()), kind, width() / kPanel};
+    return {static_cast<const uint8_t*>(data.const_data_ptr()), kind, width()};
   }
 
   // Columns `panel * 32` and on of x W^T + b.
   template <typename Out>
   void multiply_panel(
-      int64_t panel, const bf16* x, int64_t stride, int64_t count, Scratch& scratch, Out* out,
-      int64_t out_stride) const {
+      int64_t panel, const Left& x, int64_t count, Scratch& scratch, Out* out) const {
     const int64_t first = panel * kPanel;
     const __mmask16 masks[2] = {first16(rows - first), first16(std::max<int64_t>(0, rows - first - 16))};
-    multiply(weight(), panel, 1, x, stride, count, scratch, [&](int64_t row, const float* sums) {
+    multiply(weight(), panel, 1, x, count, scratch, [&](int64_t row, const float* sums) {
       for (int64_t half = 0; half < 2; ++half) {
         const int64_t o = first + half * 16;
         __m512 v = _mm512_loadu_ps(sums + half * 16);
@@ -384,7 +532,7 @@ struct Matrix : torch::CustomClassHolder {
         if (bias != nullptr) {
           v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(masks[half], bias + o));
         }
-        store16(out + row * out_stride + o, masks[half], v);
+        store16(out + row * rows + o, masks[half], v);
       }
     });
   }
@@ -392,35 +540,41 @@ struct Matrix : torch::CustomClassHolder {
 
 // ---- packing ------------------------------------------------------------------------------
 
+// Where column c of row r of a tile's block lies, in numbers.
+inline int64_t place_in_tile(Kind kind, int64_t r, int64_t c) {
+  switch (kind) {
+    case Kind::bfloat16:
+      return c / 2 * 32 + r * 2 + c % 2;
+    case Kind::float8:
+      return c / 4 * 64 + r / 4 * 16 + c / 2 % 2 * 8 + r % 4 * 2 + c % 2;
+    default:
+      return c / 4 * 64 + r * 4 + c % 4;
+  }
+}
+
 template <typename Item>
-void pack_panel(const Item* in, int64_t rows, int64_t cols, int64_t panel, Item* out) {
-  const int64_t blocks = round_up(cols, 2 * kPanel) / kPanel;
-  for (int64_t k = 0; k < blocks; ++k) {
-    for (int64_t tile = 0; tile < 2; ++tile) {
-      Item* to = out + (k * 2 + tile) * kBlock / 2;
-      for (int64_t r = 0; r < 16; ++r) {
-        const int64_t row = panel * kPanel + tile * 16 + r;
-        for (int64_t c = 0; c < kPanel; ++c) {
-          const int64_t col = k * kPanel + c, pair = c / 2;
-          const int64_t at = sizeof(Item) == 2
-              ? pair * 32 + r * 2 + c % 2
-              : pair / 2 * 64 + r / 4 * 16 + pair % 2 * 8 + r % 4 * 2 + c % 2;
-          to[at] = row < rows && col < cols ? in[row * cols + col] : Item{0};
-        }
-      }
+void pack_panel(Kind kind, const Item* in, int64_t rows, int64_t cols, int64_t panel, Item* out) {
+  const int64_t depth = kind == Kind::int8 ? 2 * kPanel : kPanel; // columns of a block
+  const int64_t width = round_up(cols, 2 * kPanel);
+  for (int64_t r = 0; r < kPanel; ++r) {
+    const int64_t row = panel * kPanel + r;
+    for (int64_t col = 0; col < width; ++col) {
+      Item* tile = out + (col / depth * 2 + r / 16) * 16 * depth;
+      tile[place_in_tile(kind, r % 16, col % depth)] =
+          row < rows && col < cols ? in[row * cols + col] : Item{0};
     }
   }
 }
 
 template <typename Item>
-void pack_into(const Tensor& weight, Tensor& out) {
+void pack_into(Kind kind, const Tensor& weight, Tensor& out) {
   const int64_t rows = weight.size(0), cols = weight.size(1);
   const int64_t size = kPanel * round_up(cols, 2 * kPanel);
   const auto* from = static_cast<const Item*>(weight.const_data_ptr());
   auto* to = static_cast<Item*>(out.data_ptr());
   at::parallel_for(0, (rows + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      pack_panel(from, rows, cols, panel, to + panel * size);
+      pack_panel(kind, from, rows, cols, panel, to + panel * size);
     }
   });
 }
@@ -431,11 +585,16 @@ inline Tensor pack(const Tensor& weight) {
   const int64_t size =
       round_up(weight.size(0), kPanel) * round_up(weight.size(1), 2 * kPanel);
   Tensor out = at::empty({size}, weight.options());
-  if (weight.element_size() == 2) {
-    pack_into<uint16_t>(weight, out);
-  } else {
-    TORCH_CHECK(weight.element_size() == 1, "weights have 2 bytes or 1");
-    pack_into<uint8_t>(weight, out);
+  switch (weight.scalar_type()) {
+    case at::kBFloat16:
+      pack_into<uint16_t>(Kind::bfloat16, weight, out);
+      break;
+    case at::kFloat8_e4m3fn:
+      pack_into<uint8_t>(Kind::float8, weight, out);
+      break;
+    default:
+      TORCH_CHECK(weight.scalar_type() == at::kChar, "there is no packing for these weights");
+      pack_into<uint8_t>(Kind::int8, weight, out);
   }
   return out;
 }
@@ -483,10 +642,21 @@ class Arena {
   int64_t parts_ = 0;
 };
 
-inline Scratch* scratches(Arena& arena, int64_t most_blocks) {
+// Room for `rows` rows of a left factor that meets weights of `kind`.
+inline Left left_factor(Arena& arena, int64_t rows, int64_t width, Kind kind) {
+  Left left{arena.take<bf16>((rows + kSlack) * width), width, width};
+  if (kind == Kind::int8) {
+    left.high = arena.take<int8_t>((rows + kSlack) * width);
+    left.low = arena.take<uint8_t>((rows + kSlack) * width);
+    left.scale = arena.take<float>(rows + kSlack);
+  }
+  return left;
+}
+
+inline Scratch* scratches(Arena& arena, int64_t widest) {
   const int threads = std::min(at::get_num_threads(), kMostThreads);
   Scratch* all = arena.take<Scratch>(threads);
-  const int64_t size = 2 * most_blocks * kBlock;
+  const int64_t size = 2 * kPanel * widest;
   bf16* widened = arena.take<bf16>(threads * size);
   for (int i = 0; i < threads; ++i) {
     all[i].widened = widened + i * size;

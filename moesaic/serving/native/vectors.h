@@ -125,34 +125,16 @@ inline void transpose(__m512i (&r)[16]) {
 
 enum class Kind : int64_t { bfloat16 = 0, float8 = 1, int8 = 2 };
 
-// The upper and the lower byte of the bfloat16 of each magnitude that seven bits can say.
-struct Widening {
-  alignas(64) uint8_t high[128];
-  alignas(64) uint8_t low[128];
-
-  explicit Widening(Kind kind) {
-    for (int code = 0; code < 128; ++code) {
-      float value = static_cast<float>(code);
-      if (kind == Kind::float8) {
-        const int exponent = code >> 3, fraction = code & 7;
-        value = exponent == 0 ? static_cast<float>(fraction) / 512.0f
-                              : __builtin_ldexpf(1.0f + static_cast<float>(fraction) / 8.0f, exponent - 7);
-      }
-      uint32_t bits;
-      __builtin_memcpy(&bits, &value, sizeof bits);
-      high[code] = static_cast<uint8_t>(bits >> 24);
-      low[code] = static_cast<uint8_t>(bits >> 16);
-    }
-  }
-};
-
-// Widens 64 numbers of 8 bits to bfloat16, exactly. Within each sixteen bytes the first eight go
-// to `first` and the others to `second`.
-template <Kind kind>
+// Widens 64 numbers of e4m3 to bfloat16, exactly. Within each sixteen bytes the first eight go to
+// `first` and the others to `second`.
+//
+// e4m3 has 4 bits of exponent with bias 7, and 3 of fraction. A normal number's bfloat16 has the
+// exponent e + 120 = 2 (60 + e / 2) + e % 2, so that each bit of its two bytes is a bit of the code,
+// or one inverted: two products of bits. Numbers below 2^-6 are rare, and looked up.
 class Widener {
  public:
   Widener() {
-    static const Widening table(kind);
+    static const Table table;
     high0_ = _mm512_load_si512(table.high);
     high1_ = _mm512_load_si512(table.high + 64);
     low0_ = _mm512_load_si512(table.low);
@@ -160,21 +142,42 @@ class Widener {
   }
 
   void operator()(__m512i code, __m512i& first, __m512i& second) const {
-    // A table of 128 bytes is looked up by the lower seven bits of a byte.
-    const __m512i magnitude = kind == Kind::int8 ? _mm512_abs_epi8(code) : code;
-    __m512i high = _mm512_permutex2var_epi8(high0_, magnitude, high1_);
-    const __m512i low = _mm512_permutex2var_epi8(low0_, magnitude, low1_);
-    if (kind == Kind::int8) {
-      // -128, which has no place among seven bits, is 0xc300.
-      high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitude), _mm512_set1_epi8(0x43));
+    // Rows of the bit matrices, that of bit 7 in the lowest byte.
+    const __m512i to_high = _mm512_set1_epi64(0x1020404040404080);
+    const __m512i to_low = _mm512_set1_epi64(0x0000000001020408);
+    __m512i high = _mm512_gf2p8affine_epi64_epi8(code, to_high, 0x3c);
+    __m512i low = _mm512_gf2p8affine_epi64_epi8(code, to_low, 0);
+    if (__builtin_expect(_mm512_testn_epi8_mask(code, _mm512_set1_epi8(0x78)) != 0, 0)) {
+      // A table of 128 bytes is looked up by the lower seven bits of a byte.
+      high = _mm512_permutex2var_epi8(high0_, code, high1_);
+      low = _mm512_permutex2var_epi8(low0_, code, low1_);
+      // high | (code & 0x80)
+      const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+      high = _mm512_ternarylogic_epi64(high, code, sign, 0xf8);
     }
-    // high | (code & 0x80)
-    high = _mm512_ternarylogic_epi64(high, code, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
     first = _mm512_unpacklo_epi8(low, high);
     second = _mm512_unpackhi_epi8(low, high);
   }
 
  private:
+  // The upper and the lower byte of the bfloat16 of each magnitude.
+  struct Table {
+    alignas(64) uint8_t high[128];
+    alignas(64) uint8_t low[128];
+
+    Table() {
+      for (int code = 0; code < 128; ++code) {
+        const int exponent = code >> 3;
+        const float fraction = static_cast<float>(code & 7) / 8.0f;
+        const float value = exponent == 0 ? fraction / 64.0f
+                                          : __builtin_ldexpf(1.0f + fraction, exponent - 7);
+        uint32_t bits;
+        __builtin_memcpy(&bits, &value, sizeof bits);
+        high[code] = static_cast<uint8_t>(bits >> 24);
+        low[code] = static_cast<uint8_t>(bits >> 16);
+      }
+    }
+  };
   __m512i high0_, high1_, low0_, low1_;
 };
 
