@@ -67,7 +67,13 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
         return Needs(size, _device(config).type)
 
     with joined(needs, config=config.launch) as watch, reused_memory():
-        return _measure_joined(config, size, watch)
+        try:
+            return _measure_joined(config, size, watch)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"The layers of {config.model} with gradients and moments do not fit the device: "
+                f"{str(error).partition('.')[0]}. Raise tp, or lower micro_batch or sequence."
+            ) from None
 
 
 def _measure_joined(config: MeasureConfig, size: int, watch: Watch) -> dict[str, Any]:
