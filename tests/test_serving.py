@@ -16,7 +16,7 @@ from moesaic.quantizing.quantize import quantize
 from moesaic.serving.config import EngineConfig, GenerateConfig, RequestConfig, SamplingConfig
 from moesaic.serving.engine.engine import Engine
 from moesaic.serving.engine.load import plan_of
-from moesaic.serving.engine.sample import NO_TOKEN, Chooser, choose, scored
+from moesaic.serving.engine.sample import NO_TOKEN, Chooser, choose, drawn, scored
 from moesaic.serving.engine.text import TextStream, TokenTexts
 from moesaic.serving.generate import encode_prompt, generate
 from tests.tiny import EOS, LLAMA, MIXTRAL, TINY, tiny_folder, tiny_model, token_ids
@@ -464,3 +464,23 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(folder):
     with refused(FolderError, "tokenizer"):
         (folder / "tokenizer.json").unlink()
         engine_of(folder)
+
+
+def test_every_token_of_a_large_vocabulary_is_drawn_as_often_as_its_probability_says():
+    row = np.zeros(2000, np.float32)
+    row[[3, 511, 512, 1999]] = math.log(1000)
+    chooser = Chooser(SamplingConfig(temperature=1.0), seed=0)
+    tokens = np.array(choose(np.repeat(row[None], DRAWS, 0), [chooser] * DRAWS))
+    for token in (3, 511, 512, 1999):
+        wanted = 1000 / (4 * 1000 + 1996)
+        assert (tokens == token).mean() == pytest.approx(wanted, abs=2 / math.sqrt(DRAWS))
+    others = tokens[~np.isin(tokens, [3, 511, 512, 1999])]
+    assert others.mean() == pytest.approx(1000, abs=60)
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.5, 1 - 2**-53])
+def test_what_has_no_probability_is_never_drawn(chance):
+    row = np.full(1500, -np.inf, np.float32)
+    row[700] = 1.0
+    for options in ({}, {"top_k": 9}, {"top_p": 0.5}, {"min_p": 0.1}):
+        assert drawn(row, SamplingConfig(temperature=1.0, **options), chance) == 700

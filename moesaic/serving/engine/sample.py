@@ -26,6 +26,9 @@ FLOORS = (1e-2, 1e-4, 1e-6)
 """Shares of the likeliest token's probability above which candidates are first looked for: sorting
 a few hundred is a hundred times faster than sorting a vocabulary."""
 
+PIECE = 512
+"""Weights that are summed up at once where a whole vocabulary is drawn from."""
+
 
 class Chooser:
     """What choosing the tokens of one answer needs to remember.
@@ -158,7 +161,7 @@ def drawn(logits_V: Scores, sampling: SamplingConfig, chance: float) -> int:
     weights_V -= weights_V.max()
     np.exp(weights_V, out=weights_V)  # the likeliest has weight 1
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
-        return _at(np.cumsum(weights_V, dtype=np.float64), chance)
+        return _at_of_many(weights_V, chance)
     tokens_C = _kept(weights_V, sampling)
     return int(tokens_C[_at(np.cumsum(weights_V[tokens_C], dtype=np.float64), chance)])
 
@@ -169,6 +172,16 @@ def _at(sums_C: NDArray[np.float64], chance: float) -> int:
     if place == len(sums_C):  # rounded up to the whole
         place = int(np.searchsorted(sums_C, sums_C[-1], side="left"))
     return place
+
+
+def _at_of_many(weights_V: Scores, chance: float) -> int:
+    """The same for single weights: first in which piece, then where in it, which is faster."""
+    starts = np.arange(0, weights_V.size, PIECE)
+    sums = np.cumsum(np.add.reduceat(weights_V, starts, dtype=np.float64))
+    piece = _at(sums, chance)
+    before = float(sums[piece - 1]) if piece else 0.0
+    inner = np.cumsum(weights_V[piece * PIECE : (piece + 1) * PIECE], dtype=np.float64)
+    return piece * PIECE + _at(inner, (chance * float(sums[-1]) - before) / float(inner[-1]))
 
 
 def _kept(weights_V: Scores, sampling: SamplingConfig) -> NDArray[np.int64]:
