@@ -70,7 +70,7 @@ def steps_of(executor, *, decodes=2):
     ]
     for n in range(decodes):
         both = (Chunk((20 + n,), 8 + n, tables[0]), Chunk((30 + n,), 3 + n, tables[1]))
-        batches.append(Batch(both[: 2 - n % 2], experts=True))
+        batches.append(Batch(both[: 2 - n // 2 % 2], experts=True))
     return [executor.step(batch) for batch in batches]
 
 
@@ -126,6 +126,8 @@ def test_what_ranks_add_is_what_one_rank_has(tmp_path, experts):
     x_TD = token_ids(1, 3 * 32, seed=4).view(3, 32).float().to(DEVICE) / 300 - 0.5
     chunk = Chunk((5, 6, 7), 0, (3, 1))
     step = step_of(whole, Batch((chunk,)))
+    for executor in (whole, *parts):
+        executor.layers.embed(step)  # begins the step
     for layer in range(2):
         wanted = whole.layers.attend(layer, x_TD, step, whole.pools[layer])
         found = sum(part.layers.attend(layer, x_TD, step, part.pools[layer]) for part in parts)

@@ -42,8 +42,16 @@ class CudaLayers(TorchLayers):
     ) -> None:
         super().__init__(reader, device)
         self.activations: Activations = activations
-        self._tiles_step: Step | None = None
         self._tiles: dict[int, list[Tiles]] = {}
+        """Of the step under way, by queries of a key-value head."""
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # where triton launches, wherever its tensors are
+
+    def embed(self, step: Step) -> Tensor:
+        """As `Layers.embed`; a step begins here."""
+        # Also when it is the same step: a graph holds the kernels that read its positions anew.
+        self._tiles = {}
+        return super().embed(step)
 
     def attend(self, layer: int, x_TD: Tensor, step: Step, pools: Pools) -> Tensor:
         """As `Layers.attend`."""
@@ -103,9 +111,6 @@ class CudaLayers(TorchLayers):
         return self._linear(h_TF, network.w2)
 
     def _tiles_of(self, step: Step, group: int) -> list[Tiles]:
-        """The tiles of a step, the same for all layers with as many queries a key-value head."""
-        if step is not self._tiles_step:
-            self._tiles_step, self._tiles = step, {}
         if group not in self._tiles:
             counts = [len(chunk.tokens) for chunk in step.chunks]
             if max(counts) == 1:
