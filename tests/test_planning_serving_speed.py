@@ -127,6 +127,28 @@ def test_a_pipelines_stages_hold_the_model_once():
             assert sum(one.fullest) <= sum(whole.fullest)
 
 
+def test_stages_within_a_box_sum_over_its_links_and_send_over_the_network():
+    boxes = read_cluster("2x8xH100")
+    machine = machine_of(boxes, "float8", dtype="bfloat16")
+    found = arrangements(question("2x8xH100", machine=machine, batch=64))
+    assert (machine.bus, machine.hop) == (boxes.network_bandwidth, boxes.network_latency)
+    (inside,) = {stage.machine.bus for stage in named(found, "TP 8 x PP 2").stages}
+    assert inside == boxes.node(0).sum_bandwidth > machine.bus
+    step = named(found, "TP 8 x PP 2").decode(64, 1024).step
+    sent = 32 * SKYWORK.hidden_dim * 2 / machine.bus + machine.hop
+    stage = named(found, "TP 8 x PP 2").stages[1]
+    assert step.sums == pytest.approx(stage.step(32, 1024).sums + sent)
+
+
+def test_of_layouts_that_are_as_good_the_simplest_is_chosen():
+    found = arrangements(question("2xH200", kv_cache="float8"))
+    assert [one.name for one in found[:2]] == ["rotated", "whole experts"]
+    assert found[0].tokens_per_second == pytest.approx(found[1].tokens_per_second, rel=1e-3)
+    assert choose(found).name == "rotated"
+    mixed = question("2xH100+2xA800", spec=PRESETS["skywork-13b"], batch=8)
+    assert choose(arrangements(mixed)).name == "weighted"
+
+
 def test_layers_of_a_model_keep_their_kind():
     spec = TINY["mixtral"].replace(
         num_layers=6,
@@ -379,6 +401,7 @@ BAD = {
     "no part": ([MODEL, "--cluster", "8x4090", "--usable", "1.5"], "usable is 1.5"),
     "nothing left": ([MODEL, "--cluster", "8x4090", "--reserve-gib", "30"], "leaves nothing"),
     "peers of an H100": ([MODEL, "--cluster", "8xH100", "--peer-access"], "peer_access says"),
+    "too many ranks": ([MODEL, "--cluster", "200xH100"], "up to 128 are planned"),
     "no such layout": (
         ["smollm2-135m", "--cluster", "cpu2", "--layout", "weighted"],
         "differs from no other",

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from moesaic.errors import PlanError
 from moesaic.planning.serving.layout import ServeLayout, apportion, column_unit, fit
@@ -148,7 +148,7 @@ class Arrangement:
 
     def decode(self, batch: float, context: float) -> Speed:
         """Speed of answering, whether the cache has room for it or not."""
-        return decode(self.stages, batch, context)
+        return decode(self.stages, self.question.machine, batch, context)
 
     def has_room(self, batch: float, context: float) -> bool:
         """Whether the keys and values of so many sequences fit."""
@@ -171,7 +171,8 @@ class Arrangement:
 
     def prefill(self, length: int) -> float:
         """Tokens a second of prompts."""
-        return prefill(self.stages, min(self.question.max_step_tokens, length), length)
+        chunk = min(self.question.max_step_tokens, length)
+        return prefill(self.stages, self.question.machine, chunk, length)
 
     def longest_context(self, tokens_per_second: float) -> int:
         """The longest mean context at which the cache allows that speed; 0: none does."""
@@ -209,7 +210,7 @@ def arrangements(question: Question) -> list[Arrangement]:
         found.append(fixed)
     weighted = None if question.is_uniform else _weighted(question)
     if weighted is not None:
-        found.insert(0, weighted)
+        found.append(weighted)
     if question.spec.moe is not None and question.ranks > 1:
         shares = {}
         if weighted is not None and weighted.plan is not None:
@@ -223,19 +224,24 @@ def arrangements(question: Question) -> list[Arrangement]:
 
 
 def choose(found: Sequence[Arrangement]) -> Arrangement:
-    """The fastest that the server can run; of equals the first.
+    """The fastest that the server can run.
+
+    What is predicted to a thousandth is the same: then the one with the larger cache, and where
+    that is the same to a hundredth the first, which is the simplest.
 
     Raises:
         PlanError: None fits.
     """
     runnable = [one for one in found if one.plan is not None]
-    best = max(runnable, key=lambda one: (round(one.tokens_per_second, 6), one.kv_tokens))
-    if best.tokens_per_second == 0:
+    fastest = max(one.tokens_per_second for one in runnable)
+    if fastest == 0:
         _refuse(max(runnable, key=lambda one: one.kv_tokens))
-    return best
+    near = [one for one in runnable if one.tokens_per_second >= 0.999 * fastest]
+    largest = max(one.kv_tokens for one in near)
+    return next(one for one in near if one.kv_tokens >= 0.99 * largest)
 
 
-def _refuse(best: Arrangement) -> None:
+def _refuse(best: Arrangement) -> NoReturn:
     """Say why the arrangement with most room does not do."""
     question = best.question
     best.ledgers()  # Where not even one block fits, its line says which rank lacks how much.

@@ -19,6 +19,9 @@ from moesaic.planning.serving.plan import ServePlan
 from moesaic.planning.serving.speed import machine_of
 from moesaic.spec import PRESETS, ModelSpec, spec_from_hf
 
+MOST_RANKS = 128
+"""Ranks that are planned for. Ours: sums over more take longer than the work they share."""
+
 GPU_USABLE, CPU_USABLE = 0.95, 0.5
 """Parts of a device's memory to fill. Ours: a GPU has nothing else to do, a machine has."""
 
@@ -38,6 +41,11 @@ def plan_serve(config: PlanServeConfig) -> dict[str, Any]:
     name, spec = read_model(config.model)
     cluster = read_cluster(config.cluster)
     cluster = cluster.first(config.ranks or cluster.ranks)
+    if cluster.ranks > MOST_RANKS:
+        raise PlanError(
+            f"{cluster.name} has {cluster.ranks} devices, but a server's ranks share every layer, "
+            f"which up to {MOST_RANKS} are planned to do. Give --ranks."
+        )
     question = _question(config, spec, cluster)
     found = arrangements(question)
     best = _chosen(config, found)
@@ -321,6 +329,8 @@ def _fewer(
     batch, _ = best.asked
     found = None
     for ranks in range(1, cluster.ranks):
+        if ranks > 16 and ranks & (ranks - 1):
+            continue  # Of many, powers of two say enough.
         question = _question(replace(config, batch=batch), spec, cluster.first(ranks))
         plan = question.plan()
         one = Arrangement(

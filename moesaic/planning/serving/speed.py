@@ -22,9 +22,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moesaic.planning.cluster import ClusterSpec
 from moesaic.planning.serving.layout import LayerSplits, ServeLayout
@@ -42,6 +42,17 @@ SCORE_BYTES = 4
 """Scores are gathered in float32."""
 
 
+class Link(NamedTuple):
+    """What a rank exchanges with others through."""
+
+    box: int
+    """The machine that it is in."""
+    bus: float
+    """Bytes a second in a ring's sum."""
+    hop: float
+    """Seconds of one step of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What a step runs on: each rank's device, and the links between them."""
@@ -52,26 +63,44 @@ class Machine:
     """Operations a second of each rank's products with weights."""
     attention_flops: tuple[float, ...]
     """The same of queries with keys, and of scores with values."""
-    bus: float
-    """Bytes a second of each rank in a ring's sum."""
-    hop: float
-    """Seconds of one of its steps."""
+    links: tuple[Link, ...]
+    """Those of each rank to others of its box."""
+    network: Link
+    """Between boxes."""
     sum_bytes: float = 2
     """Bytes of one number that is summed."""
     host: float = 0.0
     """Seconds of a layer that no device works, because the host is late; 0 with CUDA graphs or
     C++ all through."""
 
+    @cached_property
+    def bus(self) -> float:
+        """Bytes a second of each rank in a ring's sum over all."""
+        return min(link.bus for link in self._ring)
+
+    @cached_property
+    def hop(self) -> float:
+        """Seconds of one step of such a sum."""
+        return max(link.hop for link in self._ring)
+
+    @property
+    def _ring(self) -> tuple[Link, ...]:
+        """A ring is as slow as the slowest link on its way."""
+        crosses = len({link.box for link in self.links}) > 1
+        return (*self.links, self.network) if crosses else self.links
+
     def part(self, ranks: Sequence[int]) -> Machine:
         """The machine of some of its ranks."""
-        return Machine(
-            bandwidth=tuple(self.bandwidth[rank] for rank in ranks),
-            flops=tuple(self.flops[rank] for rank in ranks),
-            attention_flops=tuple(self.attention_flops[rank] for rank in ranks),
-            bus=self.bus,
-            hop=self.hop,
-            sum_bytes=self.sum_bytes,
-            host=self.host,
+
+        def some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(values[rank] for rank in ranks)
+
+        return replace(
+            self,
+            bandwidth=some(self.bandwidth),
+            flops=some(self.flops),
+            attention_flops=some(self.attention_flops),
+            links=some(self.links),
         )
 
     def sum_seconds(self, ranks: int, numbers: float) -> float:
@@ -112,15 +141,18 @@ def machine_of(
         host: Seconds a layer.
     """
     nodes = [cluster.node(rank) for rank in range(cluster.ranks)]
-    crosses = not one_box and cluster.node_number(cluster.ranks - 1) > 0
-    buses = [
-        node.peer_bandwidth if peer_access and node.peer_bandwidth else node.sum_bandwidth
-        for node in nodes
-    ]
-    hops = [node.sum_latency for node in nodes]
-    if crosses:
-        buses.append(cluster.network_bandwidth)
-        hops.append(cluster.network_latency)
+
+    def link(box: int, bandwidth: float, latency: float) -> Link:
+        return Link(box, bandwidth if bus is None else bus, latency if hop is None else hop)
+
+    links = tuple(
+        link(
+            0 if one_box else cluster.node_number(rank),
+            node.peer_bandwidth if peer_access and node.peer_bandwidth else node.sum_bandwidth,
+            node.sum_latency,
+        )
+        for rank, node in enumerate(nodes)
+    )
 
     def peak(rank: int, kinds: tuple[str, ...]) -> float:
         flops = nodes[rank].device.matmul_flops
@@ -132,8 +164,8 @@ def machine_of(
         bandwidth=tuple(stream * node.device.memory_bandwidth for node in nodes),
         flops=tuple(peak(rank, (*(["fp8"] * (weights == "float8")), *wide)) for rank in ranks),
         attention_flops=tuple(peak(rank, wide) for rank in ranks),
-        bus=min(buses) if bus is None else bus,
-        hop=max(hops) if hop is None else hop,
+        links=links,
+        network=link(-1, cluster.network_bandwidth, cluster.network_latency),
         sum_bytes=sum_bytes,
         host=host,
     )
@@ -364,15 +396,21 @@ class Speed(NamedTuple):
     """Of the slowest stage."""
 
 
-def decode(stages: Sequence[Stage], batch: float, context: float) -> Speed:
+def decode(stages: Sequence[Stage], machine: Machine, batch: float, context: float) -> Speed:
     """Speed of one token a step of each of `batch` sequences.
 
     A pipeline of P stages takes the sequences in P groups, so that every stage has work; each
     streams its weights once for batch / P tokens. With fewer sequences than stages some wait.
+
+    Args:
+        stages: One behind the other.
+        machine: Of all of them.
+        batch: Sequences.
+        context: Positions of each.
     """
     depth = len(stages)
     each = max(1.0, batch / depth)
-    steps = [_with_send(stage, stage.step(each, context), each, depth) for stage in stages]
+    steps = _with_sends(stages, machine, [stage.step(each, context) for stage in stages], each)
     slowest = max(steps, key=lambda step: step.seconds)
     if batch < depth:
         once = sum(step.seconds for step in steps)
@@ -380,23 +418,20 @@ def decode(stages: Sequence[Stage], batch: float, context: float) -> Speed:
     return Speed(each / slowest.seconds, depth * slowest.seconds, slowest)
 
 
-def prefill(stages: Sequence[Stage], chunk: int, length: int) -> float:
+def prefill(stages: Sequence[Stage], machine: Machine, chunk: int, length: int) -> float:
     """Tokens a second of prompts of `length`, read in chunks; stages of a pipeline overlap."""
-    depth = len(stages)
-    steps = [
-        _with_send(stage, stage.step(chunk, length / 2, sequences=1, scores=0), chunk, depth)
-        for stage in stages
-    ]
-    return chunk / max(step.seconds for step in steps)
+    steps = [stage.step(chunk, length / 2, sequences=1, scores=0) for stage in stages]
+    return chunk / max(step.seconds for step in _with_sends(stages, machine, steps, chunk))
 
 
-def _with_send(stage: Stage, step: Step, tokens: float, depth: int) -> Step:
-    """With what a stage of a pipeline sends to the next."""
-    if depth == 1:
-        return step
-    machine = stage.machine
-    sent = tokens * stage.layout.spec.hidden_dim * machine.sum_bytes / machine.bus + machine.hop
-    return step._replace(sums=step.sums + sent)
+def _with_sends(
+    stages: Sequence[Stage], machine: Machine, steps: list[Step], tokens: float
+) -> list[Step]:
+    """With what each stage of a pipeline sends to the next."""
+    if len(stages) == 1:
+        return steps
+    sent = tokens * stages[0].layout.spec.hidden_dim * machine.sum_bytes / machine.bus
+    return [step._replace(sums=step.sums + sent + machine.hop) for step in steps]
 
 
 def _from_zero(split: Split) -> Split:
