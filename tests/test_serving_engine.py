@@ -634,6 +634,15 @@ def test_a_grammar_that_cannot_go_on_ends_its_answer_alone(start, monkeypatch):
     assert [list(one.token_ids) for one in beside()] == [greedy(PROMPT, 30)]
 
 
+def test_a_grammar_that_takes_too_much_ends_its_answer_alone(start):
+    engine = start()
+    beside = ask(engine, max_new_tokens=30)[1]
+    [answer] = ask(engine, regex="a{1000000000}", max_new_tokens=20)[1]()
+    assert (answer.finish_reason, len(answer.tokens)) == ("error", 0)
+    assert "too many expressions" in answer.error
+    assert [list(one.token_ids) for one in beside()] == [greedy(PROMPT, 30)]
+
+
 # ---- events
 
 

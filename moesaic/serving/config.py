@@ -212,8 +212,8 @@ class EngineConfig:
     max_context need, if memory_gib allows."""
 
     memory_gib: float | None = None
-    """What weights and cache may take, on each rank; none: half of what is free now, of a GPU's
-    nine tenths."""
+    """What weights, cache and work may take, on each rank; none: what they need, the cache at
+    most half of what the others leave free, of a GPU's memory nine tenths."""
 
     block_tokens: int | None = None
     """Tokens in one block of the cache, of which prompts share whole ones; none: as the plan says,

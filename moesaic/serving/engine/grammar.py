@@ -69,10 +69,12 @@ class Grammars:
             return None
         with self._lock:
             vocabulary = self._vocabulary
-        matcher = llguidance.LLMatcher(vocabulary, source, log_level=0)
-        if matcher.is_error():
-            raise ConfigError(_refused(what, matcher.get_error()))
-        return Grammar(matcher, self._vocab_size)
+        grammar = Grammar(llguidance.LLMatcher(vocabulary, source, log_level=0), self._vocab_size)
+        # The first step is the longest. Nobody waits for it here, and all would in the engine.
+        grammar.forbid(np.zeros(self._vocab_size, np.float32))
+        if grammar.error:
+            raise ConfigError(_refused(what, grammar.error))
+        return grammar
 
     @functools.cached_property
     def _vocabulary(self) -> Any:
@@ -119,9 +121,9 @@ class Grammar:
 
 
 def _refused(what: str, error: str) -> str:
-    return f"The {what} cannot be used: {_line(error)}"
+    return f"The {what} cannot be used: {_line(error)}."
 
 
 def _line(text: str) -> str:
     # llguidance appends its state to its messages, after a marker.
-    return " ".join(text.partition("<state>")[0].split())[:300]
+    return " ".join(text.partition("<state>")[0].split())[:300].rstrip(".")

@@ -34,7 +34,7 @@ GIB = 2**30
 BLOCK_TOKENS = 16
 
 SHARE = {"cpu": 0.5, "cuda": 0.9}
-"""Of the memory that is free, what weights, cache and workspace may take unless told. Ours."""
+"""Of the memory that weights and work leave free, what the cache may take unless told. Ours."""
 
 
 def load_rank(
@@ -68,21 +68,31 @@ def complete_plan(config: EngineConfig, device: torch.device, *, group: Group = 
         PlanError: The plan cannot be read, is for another model, or the memory is too little.
     """
     plan = plan_of(config)
-    spec = read_spec(config.model)
     if plan.kv_blocks is not None:
         return plan
-    if plan.memory_bytes is None:
-        plan = replace(plan, memory_bytes=_budgets(config, device, plan, group))
-    room = ledger(
-        fit(plan, spec),
+    spec = read_spec(config.model)
+    context = min(config.max_context or spec.max_positions, spec.max_positions)
+    wanted = -(-(config.kv_tokens or config.max_sequences * context) // plan.block_tokens)
+    if plan.memory_bytes is not None or config.memory_gib is not None:
+        budgets = plan.memory_bytes or (int((config.memory_gib or 0) * GIB),) * plan.ranks
+        plan = replace(plan, memory_bytes=budgets)
+        return replace(plan, kv_blocks=min(wanted, _room(config, plan, device)))
+    if config.kv_tokens is not None:
+        return replace(plan, kv_blocks=wanted)
+    free = replace(plan, memory_bytes=_free(device, plan, group))
+    room = max(1, int(_room(config, free, device) * SHARE[device.type]))
+    return replace(plan, kv_blocks=min(wanted, room))
+
+
+def _room(config: EngineConfig, plan: ServePlan, device: torch.device) -> int:
+    """Blocks that the plan's budgets leave room for."""
+    return ledger(
+        fit(plan, read_spec(config.model)),
         dtype=config.dtype,
         packed=takes_packed(config.implementation, plan, dtype=config.dtype, device=device),
         max_step_tokens=config.max_step_tokens,
         least_tokens=_least_tokens(config),
     )[0].kv_blocks
-    context = min(config.max_context or spec.max_positions, spec.max_positions)
-    wanted = config.kv_tokens or config.max_sequences * context
-    return replace(plan, kv_blocks=min(room, -(-wanted // plan.block_tokens)))
 
 
 def plan_of(config: EngineConfig) -> ServePlan:
@@ -134,20 +144,16 @@ def _least_tokens(config: EngineConfig) -> int:
     return config.kv_tokens or config.max_context or 1
 
 
-def _budgets(
-    config: EngineConfig, device: torch.device, plan: ServePlan, group: Group
-) -> tuple[int, ...]:
-    if config.memory_gib is not None:
-        return (int(config.memory_gib * GIB),) * plan.ranks
+def _free(device: torch.device, plan: ServePlan, group: Group) -> tuple[int, ...]:
+    """Memory that each rank could take."""
     free = free_bytes(device)
     if free is None:
         raise ConfigError("This system does not say how much memory is free. Give memory_gib.")
     # Processes of one machine share its memory; each GPU has its own.
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    mine = int(free * SHARE[device.type]) // neighbours
-    budgets = cast(list[int], group.objects(mine))
+    found = cast(list[int], group.objects(free // neighbours))
     # With the wrong number of ranks loading says so.
-    return tuple(budgets) if len(budgets) == plan.ranks else (min(budgets),) * plan.ranks
+    return tuple(found) if len(found) == plan.ranks else (min(found),) * plan.ranks
 
 
 def device_of(name: str) -> torch.device:
