@@ -73,8 +73,17 @@ def serve(config: ServeConfig) -> dict[str, Any]:
             load_rank(config, group=group, watch=watch).follow()
             return {}
         with listening(config) as listener, Engine.load(config, group=group, watch=watch) as engine:
+            memory = engine.executor.memory
+            log.write(
+                "loaded",
+                weight_bytes=[one.weights for one in memory],
+                kv_bytes=[one.kv_cache for one in memory],
+                kv_tokens=engine.executor.num_blocks * engine.executor.block_tokens,
+            )
             try:
-                return answer(engine, config, listener, keys=keys, log=log)
+                done = answer(engine, config, listener, keys=keys, log=log)
+                engine.check()  # every block of the cache is accounted for
+                return done
             except ServingError as error:
                 if size == 1:
                     raise

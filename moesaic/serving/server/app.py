@@ -50,6 +50,13 @@ from moesaic.serving.server.protocol import (
 from moesaic.serving.server.work import Service
 from moesaic.version import __version__
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with `stream` as server-sent events, the last one [DONE].",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -133,11 +140,11 @@ def build_app(
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(Exception, _answer_fault)
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=FAULTS)
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED | FAULTS)
     async def chat_completions(body: ChatRequest, http: Request) -> Response:
         return _answer(await create_chat_completion(services[-1], http, body))
 
-    @app.post("/v1/completions", response_model=Completion, responses=FAULTS)
+    @app.post("/v1/completions", response_model=Completion, responses=STREAMED | FAULTS)
     async def completions(body: CompletionRequest, http: Request) -> Response:
         return _answer(await create_completion(services[-1], http, body))
 
@@ -200,7 +207,7 @@ def _facts(engine: Engine) -> ModelFacts:
 
 
 def _described(app: FastAPI, name: str) -> dict[str, Any]:
-    """The OpenAPI document, with the one model that there is. A body that is not valid is answered 400, not FastAPI's 422."""
+    """The OpenAPI document. There is one model, and a wrong body is answered 400, not 422."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title, version=app.version, summary=app.summary, routes=app.routes
