@@ -117,7 +117,7 @@ def test_two_ranks_with_uneven_heads_answer_as_one_does(model: Path, tmp_path: P
         [loaded] = [line for line in two.lines() if line["event"] == "loaded"]
     plan = ServePlan(ranks=2, weights="float32", kv_cache="float32", kv_blocks=4096 // 16)
     layout = fit(plan, NINE_HEADS)
-    assert {layout.layer(0, layer).heads.size for layer in range(3)} == {3, 6}
+    assert {layout.layers[layer].heads.sizes for layer in range(3)} == {(6, 3), (3, 6)}
     planned = ledger(layout, dtype="float32", packed=False, max_step_tokens=512)
     assert loaded["weight_bytes"] == [rank.weight_bytes for rank in planned]
     assert loaded["kv_bytes"] == [rank.kv_bytes for rank in planned]
