@@ -176,8 +176,8 @@ def show_check(done: Mapping[str, Any]) -> Iterator[str]:
 def show_serve(done: Mapping[str, Any]) -> Iterator[str]:
     """The choice, the memory of each rank, and what else was compared."""
     yield (
-        f"{done['model']}, {done['parameters'] / 1e9:.1f}B parameters, "
-        f"{done['active_parameters'] / 1e9:.1f}B active, weights {done['weights']}, cache "
+        f"{done['model']}, {_count(done['parameters'])} parameters, "
+        f"{_count(done['active_parameters'])} active, weights {done['weights']}, cache "
         f"{done['kv_cache']}, on {done['cluster']}"
     )
     yield done["reason"]
@@ -210,6 +210,15 @@ def show_serve(done: Mapping[str, Any]) -> Iterator[str]:
     yield from _assumptions(done["assumptions"])
 
 
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
+
+
+def _unit(num_bytes: int) -> tuple[str, int]:
+    """What a table of ledgers counts in."""
+    return ("GiB", 2**30) if num_bytes > 2**32 else ("MiB", 2**20)
+
+
 def _shares(shapes: Mapping[str, Any]) -> Iterator[str]:
     def row(name: str, sizes: list[int]) -> list[str]:
         return [name, *map(str, sizes)]
@@ -231,17 +240,17 @@ def _ledger(done: Mapping[str, Any]) -> Iterator[str]:
         if any(one["weights"][name] for one in done["ledger"])
     ]
     keys = ("weight_bytes", "kv_bytes", "workspace_bytes", "total_bytes", "budget_bytes")
-    digits = 2 if done["ledger"][0]["total_bytes"] > 2**32 else 4
+    name_of_unit, unit = _unit(done["ledger"][0]["total_bytes"])
     rows = [
         [
             str(one["rank"]),
-            *(f"{one['weights'][name] / 2**30:.{digits}f}" for name in parts),
-            *(f"{one[key] / 2**30:.{digits}f}" for key in keys),
+            *(f"{one['weights'][name] / unit:.2f}" for name in parts),
+            *(f"{one[key] / unit:.2f}" for key in keys),
         ]
         for one in done["ledger"]
     ]
     heads = [*(name.replace("_", " ") for name in parts), "weights", "cache", "to work in"]
-    yield from table(["GiB of rank", *heads, "total", "to fill"], rows)
+    yield from table([f"{name_of_unit} of rank", *heads, "total", "to fill"], rows)
     blocks = done["ledger"][0]["kv_blocks"]
     yield (
         f"cache of {done['kv_tokens']:,} positions in {blocks:,} blocks on every rank; rank "
@@ -250,9 +259,11 @@ def _ledger(done: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _arrangements(found: list[Mapping[str, Any]]) -> Iterator[str]:
+    name_of_unit, unit = _unit(4 * max(one["fullest_weight_bytes"] for one in found))
+
     def row(one: Mapping[str, Any]) -> list[str]:
         mark = "*" if one["is_chosen"] else "" if one["can_run"] else " (compared only)"
-        cells = [f"{one['name']}{mark}", f"{one['fullest_weight_bytes'] / 2**30:.2f}"]
+        cells = [f"{one['name']}{mark}", f"{one['fullest_weight_bytes'] / unit:.2f}"]
         step = one["step"]
         if step is None:
             return [*cells, f"{one['kv_tokens']:,}", "does not fit", *[""] * 8]
@@ -269,7 +280,7 @@ def _arrangements(found: list[Mapping[str, Any]]) -> Iterator[str]:
             f"{one['prefill_tokens_per_second']:,.0f}",
         ]
 
-    heads = ["layout (*: the plan)", "GiB", "cache", "batch", "tokens/s", "", "ms/token"]
+    heads = ["layout (*: the plan)", name_of_unit, "cache", "batch", "tokens/s", "", "ms/token"]
     heads += ["attention", "network", "sums", "host", "prompt/s"]
     return table(heads, map(row, found))
 

@@ -3,8 +3,8 @@
     rotated          heads and columns over all ranks, the remainder passed on from layer to layer
     weighted         the same, in shares that fit devices of several kinds
     fixed            the remainder always on the first ranks
-    padded           heads and columns filled up with zeros until every rank has as many
     whole experts    heads over all ranks, and whole experts dealt out
+    padded           heads and columns filled up with zeros until every rank has as many
     TP t x PP p      p stages of t ranks
 
 The last two are compared but cannot be run: padding, because a layout that needs none is never
@@ -38,8 +38,6 @@ from moesaic.planning.serving.storage import kv_bytes
 from moesaic.planning.serving.weighted import Shares, Sharing, bound, could_fit, share
 from moesaic.planning.split import Split
 from moesaic.spec import ModelSpec
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
