@@ -10,7 +10,14 @@ from moesaic.model.rope import rope_tables
 from moesaic.moe.router import Router
 from moesaic.quantization.fp8 import quantize_per_channel
 from moesaic.serving.native import build, plain
-from moesaic.serving.native.halves import AttentionHalf, DenseHalf, ExpertsHalf, HeadHalf, Step
+from moesaic.serving.native.halves import (
+    AttentionHalf,
+    DenseHalf,
+    ExpertsHalf,
+    HeadHalf,
+    Step,
+    WholeLayers,
+)
 from moesaic.serving.native.matrices import PackedExperts, PackedLinear
 from moesaic.spec import MoESpec, RopeSpec
 
@@ -402,6 +409,53 @@ def test_the_cache_rounds_to_e4m3_as_torch_does_and_keeps_what_is_too_large(nati
     half(torch.ones(1, 16), step, pool.clone(), pool)
     expected = torch.tensor(value).bfloat16().float().clamp(-448, 448).to(torch.float8_e4m3fn)
     assert (pool[0, 0, 0].float() == expected.float()).all()
+
+
+def test_all_layers_in_one_call_are_the_halves_one_by_one(native):
+    width, groups, dim = 96, (2, 2), 16
+    moe = MoESpec(num_experts=4, top_k=2, expert_dim=40)
+    layers = []
+    for layer in range(4):
+        qkv = PackedLinear.pack(random(8 * dim, width, seed=layer) / 9, "int8", native=native)
+        out = PackedLinear.pack(random(width, 4 * dim, seed=layer) / 9, "int8", native=native)
+        settings = {"norm_D": torch.ones(width), "norm_eps": 1e-5}
+        attention = AttentionHalf(**settings, qkv=qkv, out=out, group_sizes=groups, head_dim=dim)
+        if layer == 1:
+            network, _ = make_experts(1, width, 72, "float8", native)
+            layers.append((attention, DenseHalf(**settings, network=network)))
+            continue
+        experts, _ = make_experts(4, width, 40, "bfloat16", native)
+        router = random(4, width, seed=layer)
+        second = ExpertsHalf(**settings, router_ED=router, moe=moe, experts=experts)
+        layers.append((attention, second))
+    counts = torch.tensor([7, 1])
+    step = Step(
+        torch.zeros(2, dtype=torch.int64),
+        counts,
+        torch.tensor([[1, 2], [3, 0]], dtype=torch.int32),
+        *rope_tables(RopeSpec(), dim, torch.tensor([0, 1, 2, 3, 4, 5, 6, 0])),
+    )
+
+    def pools():
+        return [torch.zeros(4, 2, 4, dim, dtype=torch.bfloat16) for _ in layers]
+
+    x = random(8, width)  # float32, in which the two ways of adding are one
+    whole, chosen = x.clone(), []
+    caches = (pools(), pools())
+    for (first, second), k, v in zip(layers, *caches, strict=True):
+        x += first(x, step, k, v)
+        if isinstance(second, DenseHalf):
+            x += second(x)
+        else:
+            y, experts = second(x)
+            x += y
+            chosen.append(experts)
+    again = (pools(), pools())
+    found = WholeLayers(layers)(whole, step, *again)
+    assert torch.equal(whole, x)
+    assert all(torch.equal(a, b) for a, b in zip(found, chosen, strict=True))
+    for new, old in zip(again, caches, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(new, old, strict=True))
 
 
 # ---- how it is computed -----------------------------------------------------------------------

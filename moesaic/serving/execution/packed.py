@@ -48,6 +48,23 @@ class NativeLayers:
             kind = _Experts if spec.is_moe_layer(layer) else _Dense
             self._feed_forward.append(kind(self, reader, layer))
         self._step: tuple[Step, halves.Step] | None = None
+        self._whole: halves.WholeLayers | None = None
+
+    def through_all(
+        self, x_TD: Tensor, step: Step, k_pools: list[Tensor], v_pools: list[Tensor]
+    ) -> list[Tensor]:
+        """Add what every layer makes of x_TD to it, in one call; for a rank that holds everything.
+
+        Returns:
+            The experts of each MoE layer, (T, K).
+        """
+        if self._whole is None:
+            pairs = []
+            for first, second in zip(self._attention, self._feed_forward, strict=True):
+                assert second.half is not None, "this rank holds only a part"
+                pairs.append((first.half, second.half))
+            self._whole = halves.WholeLayers(pairs)
+        return self._whole(x_TD, _native_step(step), k_pools, v_pools)
 
     def embed(self, step: Step) -> Tensor:
         """As `Layers.embed`."""

@@ -151,6 +151,9 @@ class ModelExecutor:
         self.max_step_tokens = max_step_tokens
         kv_cache = sum(pool.nbytes for pair in pools for pool in pair)
         self.memory: Sequence[RankMemory] = group.objects(RankMemory(layers.nbytes, kv_cache))
+        self._through_all = getattr(layers, "through_all", None)
+        """Where the layers have it: all of them in one call, for a rank that is alone."""
+        self._pool_lists = [pair.k for pair in pools], [pair.v for pair in pools]
         self._watch = watch
         self._frequencies = frequencies_of(self.spec, layers.device)
         self._fault: ServingError | None = None
@@ -198,7 +201,8 @@ class ModelExecutor:
         """Let go of the memory, and of the other ranks. Calling it twice does no harm."""
         if self._announcer is not None:
             self._announcer.close()
-        self.pools, self.forward = [], self.through_layers
+        self.pools, self._pool_lists = [], ([], [])
+        self.forward = self.through_layers
         self._fault = self._fault or ServingError("The executor is closed.")
 
     @torch.no_grad()
@@ -232,6 +236,8 @@ class ModelExecutor:
         layers, group = self.layers, self.group
         # One rank alone has anything but zero, so this sum rounds nothing.
         x_TD = group.sum_(layers.embed(step))
+        if group.size == 1 and self._through_all is not None:
+            return x_TD, self._through_all(x_TD, step, *self._pool_lists)
         chosen: list[Tensor] = []
         for layer, pools in enumerate(self.pools):
             x_TD.add_(group.sum_(layers.attend(layer, x_TD, step, pools)))

@@ -4,8 +4,9 @@
     ExpertsHalf     norm, router, experts held here, shared expert
     DenseHalf       norm, SwiGLU
     HeadHalf        norm, logits in float32
+    WholeLayers     both halves of every layer, for a rank that holds all of them
 
-Each returns what the residual stream adds, and leaves the stream alone. With several ranks the
+Each half returns what the residual stream adds, and leaves the stream alone. With several ranks the
 results are partial sums, each over the heads, columns or experts that a rank holds; a bias of the
 output projection must be given to one rank only. A rank that holds nothing of a layer returns
 zeros.
@@ -23,6 +24,7 @@ Shapes.  T tokens of the step, sequence by sequence    S sequences    D model wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,6 +234,48 @@ class DenseHalf:
         normed_TD = plain.norm(x_TD, self.norm_D, self.norm_eps).to(torch.bfloat16)
         zeros_T1 = torch.zeros(x_TD.shape[0], 1, dtype=torch.int64)
         return self.network(normed_TD, zeros_T1, torch.ones(x_TD.shape[0], 1)).to(x_TD.dtype)
+
+
+class WholeLayers:
+    """All layers of a model in one call, where one rank holds all of it.
+
+    Results are those of the halves one by one, but for one rounding: what a half adds meets the
+    residual stream in float32.
+    """
+
+    def __init__(self, layers: Sequence[tuple[AttentionHalf, ExpertsHalf | DenseHalf]]) -> None:
+        self.layers = layers
+        self._native: Any = None
+        if all(half._native is not None for pair in layers for half in pair):
+            self._native = torch.classes.moesaic_serving.Layers()
+            for first, second in layers:
+                add = "add_dense" if isinstance(second, DenseHalf) else "add_experts"
+                getattr(self._native, add)(first._native, second._native)
+
+    def __call__(
+        self, x_TD: Tensor, step: Step, k_pools: list[Tensor], v_pools: list[Tensor]
+    ) -> list[Tensor]:
+        """Add to the stream x_TD, in place, what every layer makes of it.
+
+        Returns:
+            The experts that each MoE layer chose, (T, K), int64.
+        """
+        if self._native is not None:
+            chosen: list[Tensor] = self._native.forward(
+                *(x_TD, step.starts_S, step.counts_S, step.tables_SB, step.cos_TC, step.sin_TC),
+                *(k_pools, v_pools),
+            )
+            return chosen
+        chosen = []
+        for (attention, second), k_pool, v_pool in zip(self.layers, k_pools, v_pools, strict=True):
+            x_TD += attention(x_TD, step, k_pool, v_pool)
+            if isinstance(second, DenseHalf):
+                x_TD += second(x_TD)
+            else:
+                y_TD, experts_TK = second(x_TD)
+                x_TD += y_TD
+                chosen.append(experts_TK)
+        return chosen
 
 
 class HeadHalf:

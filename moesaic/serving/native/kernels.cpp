@@ -54,6 +54,11 @@ void typed(const Tensor& tensor, const Work& work) {
   }
 }
 
+template <typename Out>
+void put(Out* to, __mmask16 mask, __m512 v, bool adds) {
+  store16(to, mask, adds ? _mm512_add_ps(v, load16(to, mask)) : v);
+}
+
 // ---- rows ---------------------------------------------------------------------------------
 
 struct Norm {
@@ -442,8 +447,14 @@ struct DenseHalf : CustomClassHolder {
 
   Tensor forward(const Tensor& x) {
     check_x(x, network->dim);
-    const int64_t tokens = x.size(0), dim = network->dim;
     Tensor y = at::empty(x.sizes(), x.options());
+    compute(x, y, false);
+    return y;
+  }
+
+  // Into y, or on top of it; y may be x.
+  void compute(const Tensor& x, Tensor& y, bool adds) {
+    const int64_t tokens = x.size(0), dim = network->dim;
     Arena& arena = Arena::mine();
     const Left left = left_factor(arena, tokens, network->width(), Kind::bfloat16);
     Grouped grouped(nullptr, network.get(), tokens, 0, dim, arena);
@@ -457,11 +468,10 @@ struct DenseHalf : CustomClassHolder {
       typed(y, [&](auto* out) {
         grouped.run(
             me, left, nullptr, nullptr, [&](int64_t t, int64_t d, __mmask16 mask, __m512 sum) {
-              store16(out + t * dim + d, mask, sum);
+              put(out + t * dim + d, mask, sum, adds);
             });
       });
     });
-    return y;
   }
 };
 
@@ -494,9 +504,15 @@ struct ExpertsHalf : CustomClassHolder {
 
   std::tuple<Tensor, Tensor> forward(const Tensor& x) {
     check_x(x, routed->dim);
+    Tensor y = at::empty(x.sizes(), x.options());
+    Tensor chosen = compute(x, y, false);
+    return {y, chosen};
+  }
+
+  // The experts chosen; their sum goes into y, or on top of it; y may be x.
+  Tensor compute(const Tensor& x, Tensor& y, bool adds) {
     const int64_t tokens = x.size(0), dim = routed->dim, padded = routed->width();
     const int64_t count = router.size(0);
-    Tensor y = at::empty(x.sizes(), x.options());
     Tensor chosen_tensor = at::empty({tokens, top_k}, x.options().dtype(at::kLong));
     auto* chosen = chosen_tensor.data_ptr<int64_t>();
     Arena& arena = Arena::mine();
@@ -546,11 +562,11 @@ struct ExpertsHalf : CustomClassHolder {
         grouped.run(
             me, left, gates, shared_gates,
             [&](int64_t t, int64_t d, __mmask16 mask, __m512 sum) {
-              store16(out + t * dim + d, mask, sum);
+              put(out + t * dim + d, mask, sum, adds);
             });
       });
     });
-    return {y, chosen_tensor};
+    return chosen_tensor;
   }
 
  private:
@@ -621,6 +637,11 @@ struct ExpertsHalf : CustomClassHolder {
 
 // ---- attention ----------------------------------------------------------------------------
 
+// Where the tokens of one step stand.
+struct Step {
+  const Tensor &starts, &counts, &tables, &cosines, &sines;
+};
+
 struct AttentionHalf : CustomClassHolder {
   Norm norm;
   MatrixPtr qkv, out;
@@ -659,15 +680,23 @@ struct AttentionHalf : CustomClassHolder {
       const Tensor& x, const Tensor& starts, const Tensor& counts, const Tensor& tables,
       const Tensor& cosines, const Tensor& sines, const Tensor& k_pool, const Tensor& v_pool) {
     check_x(x, qkv->cols);
+    Tensor y = at::empty({x.size(0), out->rows}, x.options());
+    compute(x, {starts, counts, tables, cosines, sines}, k_pool, v_pool, y, false);
+    return y;
+  }
+
+  // Into y, or on top of it; y may be x.
+  void compute(
+      const Tensor& x, const Step& step, const Tensor& k_pool, const Tensor& v_pool, Tensor& y,
+      bool adds) {
     const int64_t tokens = x.size(0);
     const bool uses_tiles = has_tiles();
     Attention attention(k_pool, v_pool);
-    set(attention, tokens, starts, counts, tables, cosines, sines, k_pool, v_pool);
+    set(attention, tokens, step, k_pool, v_pool);
     attention.plan(uses_tiles);
 
     const int64_t padded = qkv->width(), width = attention.width, columns = qkv->rows;
     const int64_t joined = out->width();
-    Tensor y = at::empty({tokens, out->rows}, x.options());
     Arena& arena = Arena::mine();
     const Left left = left_factor(arena, tokens, padded, qkv->kind);
     float* rows = arena.take<float>(tokens * columns);
@@ -706,8 +735,8 @@ struct AttentionHalf : CustomClassHolder {
     piece_queue.reset(static_cast<int64_t>(attention.pieces.size()), size);
     block_queue.reset(static_cast<int64_t>(attention.blocks.size()), size);
     out_queue.reset(out->panels(), size);
-    const float* cosine = cosines.const_data_ptr<float>();
-    const float* sine = sines.const_data_ptr<float>();
+    const float* cosine = step.cosines.const_data_ptr<float>();
+    const float* sine = step.sines.const_data_ptr<float>();
     together([&](const Member& me) {
       const Tiles tiles(uses_tiles);
       left_rows(x, &norm, left, me.begin(tokens), me.end(tokens));
@@ -750,18 +779,17 @@ struct AttentionHalf : CustomClassHolder {
       }
       typed(y, [&](auto* to) {
         out_queue.run(me, [&](int64_t panel) {
-          out->multiply_panel(panel, found, tokens, scratch[me.index], to);
+          out->multiply_panel(panel, found, tokens, scratch[me.index], to, adds);
         });
       });
     });
-    return y;
   }
 
  private:
   void set(
-      Attention& attention, int64_t tokens, const Tensor& starts, const Tensor& counts,
-      const Tensor& tables, const Tensor& cosines, const Tensor& sines, const Tensor& k_pool,
+      Attention& attention, int64_t tokens, const Step& step, const Tensor& k_pool,
       const Tensor& v_pool) const {
+    const auto& [starts, counts, tables, cosines, sines] = step;
     const int64_t sequences = starts.numel();
     TORCH_CHECK(
         starts.scalar_type() == at::kLong && counts.scalar_type() == at::kLong &&
@@ -885,6 +913,47 @@ struct AttentionHalf : CustomClassHolder {
   }
 };
 
+// All layers of a model that one rank holds alone.
+struct Layers : CustomClassHolder {
+  std::vector<c10::intrusive_ptr<AttentionHalf>> attention;
+  std::vector<c10::intrusive_ptr<ExpertsHalf>> experts;
+  std::vector<c10::intrusive_ptr<DenseHalf>> dense;
+
+  void add_experts(c10::intrusive_ptr<AttentionHalf> first, c10::intrusive_ptr<ExpertsHalf> second) {
+    attention.push_back(std::move(first));
+    experts.push_back(std::move(second));
+    dense.emplace_back();
+  }
+  void add_dense(c10::intrusive_ptr<AttentionHalf> first, c10::intrusive_ptr<DenseHalf> second) {
+    attention.push_back(std::move(first));
+    experts.emplace_back();
+    dense.push_back(std::move(second));
+  }
+
+  // Adds to x what every layer makes of it; the experts chosen, layer by layer.
+  std::vector<Tensor> forward(
+      const Tensor& x, const Tensor& starts, const Tensor& counts, const Tensor& tables,
+      const Tensor& cosines, const Tensor& sines, const std::vector<Tensor>& k_pools,
+      const std::vector<Tensor>& v_pools) {
+    TORCH_CHECK(
+        k_pools.size() == attention.size() && v_pools.size() == attention.size(), "there are ",
+        attention.size(), " layers, but not as many caches");
+    Tensor stream = x;
+    std::vector<Tensor> chosen;
+    for (size_t layer = 0; layer < attention.size(); ++layer) {
+      check_x(x, attention[layer]->qkv->cols);
+      attention[layer]->compute(
+          x, {starts, counts, tables, cosines, sines}, k_pools[layer], v_pools[layer], stream, true);
+      if (dense[layer].defined()) {
+        dense[layer]->compute(x, stream, true);
+      } else {
+        chosen.push_back(experts[layer]->compute(x, stream, true));
+      }
+    }
+    return chosen;
+  }
+};
+
 bool is_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
@@ -919,12 +988,18 @@ TORCH_LIBRARY(moesaic_serving, m) {
   m.class_<DenseHalf>("DenseHalf")
       .def(torch::init<Tensor, double, ExpertsPtr>())
       .def("forward", &DenseHalf::forward);
+  m.class_<Layers>("Layers")
+      .def(torch::init<>())
+      .def("add_experts", &Layers::add_experts)
+      .def("add_dense", &Layers::add_dense)
+      .def("forward", &Layers::forward);
   m.class_<HeadHalf>("HeadHalf")
       .def(torch::init<Tensor, double, MatrixPtr>())
       .def("forward", &HeadHalf::forward);
   m.def("is_supported() -> bool", is_supported);
   m.def("use_tiles(bool wanted) -> ()", use_tiles);
   m.def("pack(Tensor weight) -> Tensor", pack);
+  m.def("empty_weights(int[] sizes, Tensor like) -> Tensor", empty_weights);
   m.def("linear", linear);
   m.def("experts", experts);
 }

@@ -126,8 +126,10 @@ class PackedExperts:
             rows, width = _round_up(expert_dim, ROW_MULTIPLE), _round_up(expert_dim)
             outer, depth = _round_up(hidden_dim, ROW_MULTIPLE), _round_up(hidden_dim)
             # Panels of w1 and w3 take turns, so that both halves of an activation stream together.
-            self.w13 = torch.empty(num_experts, 2 * rows * depth, dtype=dtype)
-            self.w2 = torch.empty(num_experts, outer * width, dtype=dtype)
+            like = torch.empty(0, dtype=dtype)
+            empty = torch.ops.moesaic_serving.empty_weights
+            self.w13 = empty([num_experts, 2 * rows * depth], like)
+            self.w2 = empty([num_experts, outer * width], like)
         else:
             rows, outer = expert_dim, hidden_dim
             self.w13 = torch.empty(num_experts, 2, expert_dim, hidden_dim, dtype=dtype)

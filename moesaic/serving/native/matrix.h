@@ -15,12 +15,16 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <torch/custom_class.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -516,10 +520,11 @@ struct Matrix : torch::CustomClassHolder {
     return {static_cast<const uint8_t*>(data.const_data_ptr()), kind, width()};
   }
 
-  // Columns `panel * 32` and on of x W^T + b.
+  // Columns `panel * 32` and on of x W^T + b, or what is in `out` and these.
   template <typename Out>
   void multiply_panel(
-      int64_t panel, const Left& x, int64_t count, Scratch& scratch, Out* out) const {
+      int64_t panel, const Left& x, int64_t count, Scratch& scratch, Out* out,
+      bool adds = false) const {
     const int64_t first = panel * kPanel;
     const __mmask16 masks[2] = {first16(rows - first), first16(std::max<int64_t>(0, rows - first - 16))};
     multiply(weight(), panel, 1, x, count, scratch, [&](int64_t row, const float* sums) {
@@ -532,13 +537,83 @@ struct Matrix : torch::CustomClassHolder {
         if (bias != nullptr) {
           v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(masks[half], bias + o));
         }
-        store16(out + row * rows + o, masks[half], v);
+        Out* to = out + row * rows + o;
+        if (adds) {
+          v = _mm512_add_ps(v, load16(to, masks[half]));
+        }
+        store16(to, masks[half], v);
       }
     });
   }
 };
 
 // ---- packing ------------------------------------------------------------------------------
+
+// Memory for weights, on pages of 2 MiB where the system has them: who streams through weights
+// needs a new page every few hundred nanoseconds, and looking up small ones takes a sixth of the
+// bandwidth. Small matrices share a chunk, which is freed with the last of them.
+class Chunk {
+ public:
+  explicit Chunk(int64_t bytes) : bytes_(bytes) {
+    reserved_ = bytes + kHuge;
+    base_ = mmap(nullptr, reserved_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK(base_ != MAP_FAILED, "there is no memory for weights of ", bytes, " bytes");
+    const int64_t address = reinterpret_cast<int64_t>(base_);
+    start_ = static_cast<char*>(base_) + round_up(address, kHuge) - address;
+    // The end keeps small pages: a large one would take memory that nobody asked for.
+    madvise(start_, bytes / kHuge * kHuge, MADV_HUGEPAGE);
+  }
+  ~Chunk() {
+    munmap(base_, reserved_);
+  }
+  Chunk(const Chunk&) = delete;
+  Chunk& operator=(const Chunk&) = delete;
+
+  // A part of it; null once it is full.
+  void* take(int64_t bytes) {
+    if (used_ + bytes > bytes_) {
+      return nullptr;
+    }
+    void* part = start_ + used_;
+    used_ += round_up(bytes, 64);
+    return part;
+  }
+
+ private:
+  static constexpr int64_t kHuge = 2 << 20;
+  const int64_t bytes_;
+  int64_t reserved_ = 0, used_ = 0;
+  void* base_ = nullptr;
+  char* start_ = nullptr;
+};
+
+// An uninitialised tensor for packed weights, of the type of `like`.
+inline Tensor empty_weights(at::IntArrayRef sizes, const Tensor& like) {
+  constexpr int64_t kShared = 32 << 20, kSmall = 4 << 20;
+  int64_t bytes = like.element_size();
+  for (const int64_t size : sizes) {
+    bytes *= size;
+  }
+  if (bytes == 0) {
+    return at::empty(sizes, like.options());
+  }
+  static std::mutex mutex;
+  static std::shared_ptr<Chunk> shared;
+  std::shared_ptr<Chunk> chunk;
+  void* data = nullptr;
+  if (bytes > kSmall) {
+    chunk = std::make_shared<Chunk>(bytes);
+    data = chunk->take(bytes);
+  } else {
+    const std::lock_guard<std::mutex> guard(mutex);
+    if (shared == nullptr || (data = shared->take(bytes)) == nullptr) {
+      shared = std::make_shared<Chunk>(kShared);
+      data = shared->take(bytes);
+    }
+    chunk = shared;
+  }
+  return at::from_blob(data, sizes, [chunk](void*) {}, like.options());
+}
 
 // Where column c of row r of a tile's block lies, in numbers.
 inline int64_t place_in_tile(Kind kind, int64_t r, int64_t c) {
@@ -584,7 +659,7 @@ inline Tensor pack(const Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "a contiguous matrix is needed");
   const int64_t size =
       round_up(weight.size(0), kPanel) * round_up(weight.size(1), 2 * kPanel);
-  Tensor out = at::empty({size}, weight.options());
+  Tensor out = empty_weights({size}, weight);
   switch (weight.scalar_type()) {
     case at::kBFloat16:
       pack_into<uint16_t>(Kind::bfloat16, weight, out);
