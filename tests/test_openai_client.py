@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -258,6 +260,24 @@ def test_many_clients_at_once_get_what_each_gets_alone(server: Running) -> None:
         return together
 
     assert len(set(asyncio.run(ask()))) > 1
+
+
+def test_the_snippets_of_the_document_run(
+    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    document = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    first, last = re.findall(r"^```python\n(.*?)^```", document, re.DOTALL | re.MULTILINE)
+    for old, new in (("http://127.0.0.1:8000", server.url), ('"fp8"', '"tiny", max_tokens=4')):
+        assert old in first
+        first = first.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(compile(first, "docs/serving.md", "exec"), names)
+    names["client"].close()
+    assert names["answer"].choices[0].finish_reason == "length"
+    (tmp_path / "moe").symlink_to(server.engine.config.model)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(last.replace('Path("moe")', 'Path("moe"), kv_tokens=64'), "docs", "exec"), {})
+    assert capsys.readouterr().out
 
 
 def test_usage_counts_what_was_in_the_cache(client: openai.OpenAI) -> None:
