@@ -289,8 +289,13 @@ def test_the_newest_is_preempted_and_goes_on_where_it_was(start):
     assert list(first.token_ids) == greedy([5, 6, 7], 13)
     assert list(second.token_ids) == greedy([8, 9, 10], 13)
     assert engine.statistics().preemptions > 0
-    # The older one was never kept waiting: it had its last token first.
-    assert engine.executor.batches[-1].chunks[0].tokens[-1] in second.token_ids
+    # The older one was never kept waiting.
+    steps = engine.executor.batches[:13]
+    assert [batch.chunks[0].start for batch in steps] == [0, *range(3, 15)]
+    assert all(
+        batch.chunks[0].tokens == (token,)
+        for batch, token in zip(steps[1:], first.token_ids[:-1], strict=True)
+    )
     assert engine.statistics().computed_tokens > 2 * 15
 
 
