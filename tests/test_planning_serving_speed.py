@@ -398,6 +398,14 @@ BAD = {
     "more ranks than devices": ([MODEL, "--cluster", "8x4090", "--ranks", "9"], "has 8"),
     "too long": ([MODEL, "--cluster", "8x4090", "--context", "9000"], "made for 8192"),
     "unknown kind": ([MODEL, "--cluster", "8x4090", "--weights", "int4"], "int4"),
+    "more exact than what uses it": (
+        [MODEL, "--cluster", "8x4090", "--kv-cache", "float32"],
+        "kv_cache is float32, but activations are bfloat16",
+    ),
+    "packed float32": (
+        [MODEL, "--cluster", "cpu2", "--kernels", "packed", "--dtype", "float32"],
+        "compute in bfloat16",
+    ),
     "no part": ([MODEL, "--cluster", "8x4090", "--usable", "1.5"], "usable is 1.5"),
     "nothing left": ([MODEL, "--cluster", "8x4090", "--reserve-gib", "30"], "leaves nothing"),
     "peers of an H100": ([MODEL, "--cluster", "8xH100", "--peer-access"], "peer_access says"),

@@ -198,6 +198,14 @@ class PlanServeConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"{name} is {value}. Give 0 or more.")
+        for name in ("weights", "kv_cache"):
+            if self.dtype == "bfloat16" and getattr(self, name) == "float32":
+                raise ConfigError(
+                    f"{name} is float32, but activations are bfloat16, which cannot use that. "
+                    f"Choose dtype float32, or {name} bfloat16."
+                )
+        if self.kernels == "packed" and self.dtype == "float32":
+            raise ConfigError("Packed kernels compute in bfloat16. Choose that dtype, or plain.")
         if self.bus_gbs is not None and self.peer_access:
             raise ConfigError("bus_gbs says what the bus does, so peer_access has no place.")
 
