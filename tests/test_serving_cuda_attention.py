@@ -132,7 +132,7 @@ def test_queries_are_rotated_and_keys_and_values_written_where_they_belong(
 ):
     tokens, block_tokens = 5, 4
     qkv_TO = draw(tokens, (heads + 2 * kv_heads) * width) * 3
-    qkv_TO[0, -1] = 3000.0  # more than e4m3 has
+    qkv_TO[0, [-width, -1]] = 3000.0  # more than e4m3 has
     angles = torch.rand(tokens, width // 2, device=DEVICE).repeat(1, 2) * 6
     blocks_T = torch.tensor([3, 3, 0, 5, 5], device=DEVICE)
     rows_T = torch.tensor([2, 3, 0, 0, 1], device=DEVICE)

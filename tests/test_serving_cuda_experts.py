@@ -39,7 +39,10 @@ def rounded(w: torch.Tensor, scaling: str) -> Weight:
         spread = scales.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :rows, :columns]
     values = (wide / spread).clamp(-448, 448).to(FP8)
     lead = w.shape[:-2]
-    return Weight(values.reshape(w.shape), scales.reshape(*lead, *scales.shape[1:]))
+    # What lies behind the last row is no number, so that reading it shows.
+    behind = torch.full((256,), float("nan"), device=w.device).to(FP8)
+    values = torch.cat((values.flatten(), behind))[: w.numel()].view(w.shape)
+    return Weight(values, scales.reshape(*lead, *scales.shape[1:]))
 
 
 def widened(weight: Weight) -> torch.Tensor:

@@ -138,8 +138,7 @@ def _schedule(
         expert_S = tl.load(experts_ptr + start + copies_S, mask=in_S, other=-1).to(tl.int32)
         expert_S = tl.where(in_S, expert_S - first_expert, -1)
         counts_E += tl.sum((expert_S[:, None] == numbers_E[None, :]).to(tl.int32), 0)
-    # A rank's neighbour's experts may have numbers below EXPERTS, a power of two.
-    blocks_E = tl.where(numbers_E < held, (counts_E + ROWS - 1) // ROWS, 0)
+    blocks_E = (counts_E + ROWS - 1) // ROWS
     first = tl.sum(tl.where(numbers_E < mine, blocks_E, 0), 0)
     blocks = tl.sum(tl.where(numbers_E == mine, blocks_E, 0), 0)
     count = tl.sum(tl.where(numbers_E == mine, counts_E, 0), 0)
