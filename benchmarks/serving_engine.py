@@ -31,7 +31,7 @@ WAYS = {
     "temperature 0.8, top-p 0.95": {"temperature": 0.8, "top_p": 0.95, "seed": 1},
     "temperature 0.8, top-k 50": {"temperature": 0.8, "top_k": 50, "seed": 1},
     "temperature 1": {"temperature": 1.0, "seed": 1},
-    "greedy, all penalties": {"repetition_penalty": 1.1, "frequency_penalty": 0.1},
+    "greedy, two penalties": {"repetition_penalty": 1.1, "frequency_penalty": 0.1},
     "greedy, 5 logprobs": {"logprobs": True, "top_logprobs": 5},
     "greedy, a regular expression": {"regex": "[a-z ]{3000}"},
 }
