@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -358,6 +359,21 @@ def test_a_body_that_is_too_large_is_refused_however_it_comes(server: Running) -
     for content in (large, iter([large[:90_000], large[90_000:]])):
         response = httpx.post(url, content=content, headers=headers)
         assert (response.status_code, fault(response)["code"]) == (413, "body_too_large")
+
+
+def test_more_answers_than_can_ever_be_taken_are_refused(server: Running) -> None:
+    response = post(server, "completions", {**TEXT, "prompt": ["a"] * 30, "n": 10})
+    assert (response.status_code, fault(response)["code"]) == (400, "too_many_answers")
+
+
+def test_a_connection_without_a_request_is_closed(tokenizer: Any) -> None:
+    with running(FakeEngine(tokenizer), body_seconds=0.5) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        for sent in (b"", b"POST /v1/completions HTTP/1.1\r\n"):
+            with socket.create_connection((host, int(port)), timeout=10) as client:
+                client.sendall(sent)
+                with contextlib.suppress(ConnectionResetError):
+                    assert client.recv(1000) == b""
 
 
 def test_only_who_has_a_key_is_answered(tokenizer: Any) -> None:

@@ -51,7 +51,8 @@ def run(server: Running, *options: str, seconds: float) -> None:
         cwd=Path(server.engine.config.model).parent,  # it keeps a database where it is
         env={**os.environ, "NO_COLOR": "1"},
     )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    slow = [line for line in log_of(server) if line.get("seconds", 0) > 10]
+    assert done.returncode == 0, f"{done.stdout[-6000:]}{done.stderr[-2000:]}{slow=}"
     statuses = {line["status"] for line in log_of(server) if line["event"] == "request"}
     assert {200, 400} <= statuses
     assert not [status for status in statuses if status >= 500]
@@ -63,7 +64,7 @@ def test_no_request_that_schemathesis_thinks_of_meets_a_fault(server: Running) -
 
 @pytest.mark.slow
 def test_no_request_of_many_meets_a_fault(server: Running) -> None:
-    run(server, "--phases", "coverage,fuzzing", "--max-examples", "400", seconds=3000)
+    run(server, "--phases", "coverage,fuzzing", "--max-examples", "150", seconds=3000)
 
 
 def test_the_document_names_the_model_and_no_status_that_is_not_sent(server: Running) -> None:

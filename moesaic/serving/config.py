@@ -317,7 +317,7 @@ class ServeConfig(EngineConfig):
     """Longest body of a request."""
 
     body_seconds: float = 30.0
-    """Longest that the body of a request may take to come."""
+    """Longest that the first request of a connection, and the body of any, may take to come."""
 
     request_seconds: float = 600.0
     """Longest that an answer may take, from first to last."""

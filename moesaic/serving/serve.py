@@ -26,6 +26,7 @@ from dataclasses import replace
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moesaic.checkpoint.folder import read_spec
 from moesaic.errors import ConfigError, FolderError, ServingError
@@ -243,7 +244,7 @@ async def _answer(
     server = _Server(
         uvicorn.Config(
             gate,
-            http="h11",
+            http=_protocol(config.body_seconds),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -285,6 +286,21 @@ async def _drain(engine: Engine, config: ServeConfig, gate: Gate, log: RequestLo
             end = min(end, time.monotonic() + CLOSE_SECONDS)
         await asyncio.sleep(0.02)
     return not gate.in_flight
+
+
+def _protocol(seconds: float) -> type[H11Protocol]:
+    """uvicorn's HTTP, which gives up a connection on which no request comes for so long."""
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.loop.call_later(seconds, self._give_up)
+
+        def _give_up(self) -> None:
+            if self.cycle is None and not self.transport.is_closing():
+                self.transport.abort()
+
+    return Protocol
 
 
 class _Server(uvicorn.Server):

@@ -114,8 +114,8 @@ def sampling(body: SamplingFields, **more: Any) -> RequestConfig:
         "repetition_penalty": body.repetition_penalty,
         "logit_bias": _bias(body.logit_bias),
         "n": body.n,
-        "stop": (body.stop,) if isinstance(body.stop, str) else body.stop and tuple(body.stop),
-        "stop_token_ids": body.stop_token_ids and tuple(body.stop_token_ids),
+        "stop": (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        "stop_token_ids": tuple(body.stop_token_ids or ()),
         "ignore_eos": body.ignore_eos,
         "experts": body.experts,
         **more,
@@ -179,6 +179,14 @@ class Work:
             ApiFault: It does not take them.
         """
         self._facts["prompts"] = len(prompts) if len(prompts) > 1 else None
+        most = self._service.config.max_sequences + self._service.config.max_waiting
+        if len(prompts) * config.n > most:
+            raise ApiFault(
+                400,
+                f"{len(prompts)} prompts with {config.n} answers each are more than the {most} "
+                f"answers that this server takes at a time. Send fewer at once.",
+                code="too_many_answers",
+            )
         try:
             for number, prompt_ids in enumerate(prompts):
                 # A thread, because a grammar may have to be compiled.
