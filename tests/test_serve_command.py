@@ -18,9 +18,11 @@ import httpx
 import psutil
 import pytest
 
+import moesaic
 from moesaic.cli.app import run
 from moesaic.cli.serve import flags_of
 from moesaic.config import build, leaves
+from moesaic.errors import ConfigError
 from moesaic.parallel.config import LaunchConfig
 from moesaic.planning.serving.layout import fit
 from moesaic.planning.serving.ledger import ledger
@@ -257,6 +259,11 @@ def test_a_key_file_without_keys_is_refused(model: Path, tmp_path: Path, capsys:
     (tmp_path / "keys").write_text("\n  \n")
     assert run(["serve", str(model), "--api-keys", str(tmp_path / "keys")]) == 2
     assert "holds no key" in capsys.readouterr().err
+
+
+def test_several_ranks_are_not_served_from_one_process(model: Path) -> None:
+    with pytest.raises(ConfigError, match="give each of them the same plan"):
+        moesaic.serve(ServeConfig(model=model, ranks=2))
 
 
 def test_ranks_are_started_with_the_flags_that_were_given() -> None:

@@ -65,6 +65,11 @@ def serve(config: ServeConfig) -> dict[str, Any]:
         ServingError: The engine broke.
     """
     keys, size = read_keys(config), check_plan(config)
+    if size > 1 and config.plan is None:
+        raise ConfigError(
+            f"ranks is {size}, but only the command `moesaic serve` starts ranks for that. With "
+            f"torchrun give each of them the same plan."
+        )
     log = RequestLog(config.log)  # writes where this process does, not into a rank's log too
     needs = Needs(size, config.device if config.device != "auto" else device_of("auto").type)
     with joined(lambda: needs, config=config.launch) as watch:
