@@ -50,6 +50,6 @@ def test_rounded_rows_meet_8_bit_weights_in_8_bit_products(compiled):
     products = {89: "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", 90: "e4m3.e4m3"}
     for one in compiled:
         has_rounded_rows = one["kernel"] in ("_grouped", "_linear") and one["is_8_bit"]
-        if has_rounded_rows and not (one["target"] == 90 and one["constants"]["ROWS"] == 16):
+        if has_rounded_rows and not (one["target"] == 90 and one["rows"] == 16):
             assert all(products[one["target"]] in product for product in one["products"]), one
             assert one["products"], one

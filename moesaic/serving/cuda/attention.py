@@ -189,7 +189,8 @@ def _attend_tiles(
         )
 
 
-@triton.jit
+# It changes from step to step; a kernel for each of 1, 16 n and others would be compiled.
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend(
     q_ptr,
     k_ptr,

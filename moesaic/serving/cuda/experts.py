@@ -115,7 +115,8 @@ def schedule_blocks(experts_TK: Tensor, held: int, *, first_expert: int, rows: i
     return Schedule(order_BR, expert_B)
 
 
-@triton.jit
+# They change from step to step; a kernel for each of 1, 16 n and others would be compiled.
+@triton.jit(do_not_specialize=["num_copies", "num_blocks"])
 def _schedule(
     experts_ptr,
     order_ptr,
@@ -200,7 +201,8 @@ def _launch(
     )
 
 
-@triton.jit
+# They change from step to step; a kernel for each of 1, 16 n and others would be compiled.
+@triton.jit(do_not_specialize=["num_copies"])
 def _grouped(
     x_ptr,
     x_scale_ptr,

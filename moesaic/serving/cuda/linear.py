@@ -98,7 +98,8 @@ def _cut_depth(programs: int, depth: int, *, step: int) -> tuple[int, int]:
     return -(-depth // length), length
 
 
-@triton.jit
+# They change from step to step; a kernel for each of 1, 16 n and others would be compiled.
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear(
     x_ptr,
     x_scale_ptr,
