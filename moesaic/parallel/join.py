@@ -192,8 +192,8 @@ def _check_size(size: int, member: Member) -> None:
         return
     if member.size == 1:
         raise PlanError(
-            f"The plan is for {size} ranks, but this process is alone. "
-            f"`moesaic train` and `moesaic serve` start them; torchrun needs --nproc-per-node {size}."
+            f"The plan is for {size} ranks, but this process is alone. `moesaic train` and "
+            f"`moesaic serve` start them; torchrun needs --nproc-per-node {size}."
         )
     raise PlanError(
         f"The plan is for {size} rank{'s' if size > 1 else ''}, but {member.size} were started. "
