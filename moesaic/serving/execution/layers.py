@@ -490,7 +490,9 @@ def _heads_of_a_group(heads: tuple[int, int], kv_heads: tuple[int, int]) -> int:
 
 def _to_cache(rows: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float8_e4m3fn:
-        # What is too large for e4m3 becomes its largest number; the cast would make it NaN.
+        # No scale: what e4m3 costs (0.009 nats on the demo's MoE) it costs by its three bits of
+        # mantissa, and a scale that brings small values into its range changes that by less than
+        # the error of the measurement. What is too large becomes the largest number, not NaN.
         rows = rows.float().clamp(-FP8_MAX, FP8_MAX)
     return rows.to(dtype)
 
