@@ -496,13 +496,17 @@ OTHERS = {
         "micro-batch 2, but micro-batch 1",
     ),
     "another dtype": ({"fixed": {}}, "dtype fp32, but dtype bf16"),
+    "another sort of device": (
+        {"cluster": read_cluster("2xH100")},
+        "measured on this one, but a GPU is asked for",
+    ),
     "another number of ranks": ({"cluster": read_cluster("cpu4")}, "by 2 ranks at once"),
 }
 
 
 @pytest.mark.parametrize(("changes", "says"), OTHERS.values(), ids=OTHERS)
 def test_a_table_for_something_else_is_refused_with_what_differs(changes, says, tmp_path):
-    table_of(MOE).save(tmp_path / "table.json")
+    table_of(MOE, about={"device_type": "cpu"}).save(tmp_path / "table.json")
     asked = {
         "shape": shape_of(MOE),
         "cluster": read_cluster("cpu2"),

@@ -117,7 +117,7 @@ class MeasuredTable:
     """Ranks that measured at the same time; where they share a processor, a job of more or fewer
     is not served. None: it does not matter."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """When, with what, and how busy the machine was. The planner only shows it."""
+    """When, with what, and how busy the machine was; `device_type` is `cpu` or `cuda`."""
     path: str = field(default="The measured table", compare=False)
     """What to call it."""
 
@@ -201,6 +201,7 @@ class MeasuredTable:
         dtype: str,
         micro_batch: int | None = None,
         ranks: int | None = None,
+        on_cpu: bool | None = None,
     ) -> None:
         """Refuse a table that is for something else.
 
@@ -210,6 +211,7 @@ class MeasuredTable:
             dtype: What matrix products run in.
             micro_batch: Sequences at once; None: any that were measured.
             ranks: Of the job; None: not known.
+            on_cpu: Whether it runs on processors, not GPUs; None: not known.
 
         Raises:
             PlanError: The model, or one of these, is another than was measured.
@@ -227,6 +229,12 @@ class MeasuredTable:
                     f"{self.path} was measured with {words} {known}, but {words} {value} is asked "
                     f"for. {advice}"
                 )
+        was_on_cpu = {"cpu": True, "cuda": False}.get(str(self.about.get("device_type")))
+        if None not in (on_cpu, was_on_cpu) and on_cpu != was_on_cpu:
+            raise PlanError(
+                f"{self.path} was measured on {self.device}, but "
+                f"{'a processor' if on_cpu else 'a GPU'} is asked for. {advice}"
+            )
         if ranks is not None and self.ranks is not None and ranks != self.ranks:
             raise PlanError(
                 f"{self.path} was measured by {self.ranks} rank{'s' * (self.ranks > 1)} at once on "

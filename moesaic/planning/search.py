@@ -93,6 +93,7 @@ class Question:
                 dtype=self.fixed.get("dtype", "bf16"),
                 micro_batch=self.fixed.get("micro_batch"),
                 ranks=self.cluster.ranks,
+                on_cpu=self.means.device == "cpu",
             )
 
     @cached_property
