@@ -1,6 +1,9 @@
 """The serving kernels against plain float32 mathematics, in C++ and in torch's operations."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -477,6 +480,23 @@ def test_results_do_not_depend_on_the_number_of_threads(native):
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_nothing_is_left_out_where_fewer_threads_come_than_were_asked_for():
+    if not build.available():
+        pytest.skip("only the C++ shares work out by itself")
+    code = """
+import torch
+from moesaic.serving.native import build
+from moesaic.serving.native.matrices import PackedLinear
+assert build.available()
+torch.set_num_threads(3)
+packed = PackedLinear.pack(torch.ones(640, 64), "bfloat16", native=True)
+assert (packed(torch.ones(2, 64).bfloat16()) == 64).all()
+"""
+    limits = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=limits, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_activations_that_do_not_fit_are_refused():

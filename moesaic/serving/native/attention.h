@@ -18,6 +18,7 @@ namespace moesaic {
 constexpr int64_t kFewQueries = 4; // a sequence with more new tokens than these is packed
 constexpr int64_t kPiece = 256;    // positions of a piece
 constexpr int64_t kSpan = 1024;    // positions that a block of queries meets at a time
+constexpr int64_t kSoon = 48;      // rows of a cache between what is read and what is fetched
 constexpr float kNone = -1e30f;
 
 // Keys or values of one layer: (blocks, G, P, C).
@@ -180,33 +181,58 @@ struct Attention {
 
   // ---- few queries ----
 
-  // Rows [begin, end) of a pool as pointers to bfloat16.
-  void rows_of(
-      const Pool& pool, const Piece& piece, const bf16** rows, bf16* space,
+  // Where a piece's rows lie in a pool; found block by block, because divisions take long.
+  static void find_rows(const Pool& pool, const Piece& piece, const char** rows) {
+    for (int64_t p = piece.begin; p < piece.end;) {
+      const int64_t inside = p % pool.size;
+      const int64_t end = std::min(piece.end, p - inside + pool.size);
+      const char* row = pool.row(piece.sequence->table, piece.head, p);
+      for (; p < end; ++p, row += pool.dim * pool.bytes) {
+        rows[p - piece.begin] = row;
+      }
+    }
+  }
+
+  // The same rows as pointers to bfloat16, up to a multiple of 16.
+  void widen_rows(
+      const Pool& pool, const char* const* from, int64_t positions, const bf16** rows, bf16* space,
       const Widener& widen) const {
-    for (int64_t p = piece.begin; p < piece.end; ++p) {
-      const char* from = pool.row(piece.sequence->table, piece.head, p);
-      const int64_t i = p - piece.begin;
+    for (int64_t i = 0; i < positions; ++i) {
       if (pool.is_direct()) {
-        rows[i] = reinterpret_cast<const bf16*>(from);
+        rows[i] = reinterpret_cast<const bf16*>(from[i]);
       } else {
-        pool.read(from, space + i * width, widen);
+        pool.read(from[i], space + i * width, widen);
         rows[i] = space + i * width;
+      }
+    }
+    std::fill(rows + positions, rows + round_up(positions, 16), rows[positions - 1]);
+  }
+
+  // Sixteen rows from `i` on. Rows of 128 bytes, here and there, are nothing that the processor
+  // foresees by itself.
+  template <_mm_hint hint>
+  static void fetch_rows(const Pool& pool, const char* const* rows, int64_t i, int64_t end) {
+    for (const int64_t last = std::min(i + 16, end); i < last; ++i) {
+      for (int64_t byte = 0; byte < pool.dim * pool.bytes; byte += 64) {
+        _mm_prefetch(rows[i] + byte, hint);
       }
     }
   }
 
   void attend_piece(const Piece& piece, bf16* space, uint32_t* chances) const {
     const Widener widen;
-    const bf16* rows[kPiece + 16];
+    const char *key_rows[kPiece], *value_rows[kPiece];
+    const bf16* rows[kPiece];
+    find_rows(keys, piece, key_rows);
+    find_rows(values, piece, value_rows);
     const int64_t positions = piece.end - piece.begin;
     const int64_t padded = round_up(positions, 16);
     const int64_t group = first_head[piece.head + 1] - first_head[piece.head];
     const int64_t queries_here = group * piece.sequence->count;
-    rows_of(keys, piece, rows, space, widen);
-    for (int64_t i = positions; i < padded; ++i) {
-      rows[i] = rows[positions - 1];
+    for (int64_t i = 0; i < kSoon; i += 16) {
+      fetch_rows<_MM_HINT_T0>(keys, key_rows, i, positions);
     }
+    widen_rows(keys, key_rows, positions, rows, space, widen);
     alignas(64) float scores[kPiece];
     for (int64_t r = 0; r < queries_here; ++r) {
       const int64_t query_index = r / group;
@@ -224,6 +250,11 @@ struct Attention {
       }
       __m512 most = _mm512_set1_ps(kNone);
       for (int64_t i = 0; i < padded; i += 16) {
+        if (r == 0) {
+          // Values into the second cache: their turn comes after all keys'.
+          fetch_rows<_MM_HINT_T0>(keys, key_rows, i + kSoon, positions);
+          fetch_rows<_MM_HINT_T1>(values, value_rows, i, positions);
+        }
         __m512 sum[16];
         for (int k = 0; k < 16; ++k) {
           sum[k] = _mm512_setzero_ps();
@@ -257,10 +288,7 @@ struct Attention {
       result[0] = maximum;
       result[1] = _mm512_reduce_add_ps(total);
     }
-    rows_of(values, piece, rows, space, widen);
-    for (int64_t i = positions; i < padded; ++i) {
-      rows[i] = rows[positions - 1];
-    }
+    widen_rows(values, value_rows, positions, rows, space, widen);
     for (int64_t r = 0; r < queries_here; r += 4) {
       for (int64_t c = 0; c < width; c += 32) {
         float* result = partial + (piece.partial + r) * (2 + width) + 2 + c;

@@ -92,6 +92,7 @@ class Queue {
  public:
   // Called by one thread, before a barrier.
   void reset(int64_t total, int size) {
+    size_ = size;
     for (int i = 0; i < size; ++i) {
       parts_[i].next.store(total * i / size, std::memory_order_relaxed);
       parts_[i].end = total * (i + 1) / size;
@@ -100,8 +101,9 @@ class Queue {
 
   template <typename Work>
   void run(const Member& me, const Work& work) {
-    for (int step = 0; step < me.size; ++step) {
-      Part& part = parts_[(me.index + step) % me.size];
+    // Every run is visited, also where fewer threads came than runs were made for.
+    for (int step = 0; step < size_; ++step) {
+      Part& part = parts_[(me.index + step) % size_];
       for (int64_t item = part.next.fetch_add(1, std::memory_order_relaxed); item < part.end;
            item = part.next.fetch_add(1, std::memory_order_relaxed)) {
         work(item);
@@ -115,6 +117,7 @@ class Queue {
     int64_t end = 0;
   };
   Part parts_[kMostThreads];
+  int size_ = 0;
 };
 
 } // namespace moesaic
