@@ -89,8 +89,7 @@ async def create_chat_completion(
         choices = [answer.choice() for answer in answers]
         return ChatCompletion(**head, model=service.name, choices=choices, usage=work.usage())
 
-    completion: ChatCompletion | None = await collected(http, work, whole)
-    return completion
+    return await collected(http, work, whole())
 
 
 # Messages to tokens
@@ -191,19 +190,21 @@ class _Answer:
         self._tokens: list[Token] = []
         self._finish: FinishReason = "stop"
 
-    def add(self, event: Event) -> Iterator[dict[str, Any]]:
+    def add(self, event: Event) -> list[dict[str, Any]]:
         """Take an event; give what it adds, as the deltas of a stream."""
-        return iter(list(self._add(event)))
+        return list(self._add(event))
 
     def _add(self, event: Event) -> Iterator[dict[str, Any]]:
-        self._tokens += event.tokens
+        if not self._body.stream:  # of which nothing is kept that was sent
+            self._tokens += event.tokens
         pieces = list(self._parser.feed(event.text))
         if event.finish_reason is not None:
             pieces += self._parser.finish()
             self._finish = "length" if event.finish_reason == "length" else "stop"
         for piece in pieces:
             if not isinstance(piece, Call):
-                self._text.append(piece)
+                if not self._body.stream:
+                    self._text.append(piece)
                 yield {"content": piece}
             elif self._may_call:
                 function = ReplyFunction(name=piece.name, arguments=piece.arguments)
@@ -261,7 +262,7 @@ async def _stream(
                 beside["logprobs"] = chat_logprobs(event.tokens).model_dump()
             if event.tokens and body.experts:
                 beside["experts"] = [each.model_dump() for each in token_experts(event.tokens)]
-            deltas = list(answer.add(event)) or ([{"content": ""}] if beside else [])
+            deltas = answer.add(event) or ([{"content": ""}] if beside else [])
             for delta in deltas:
                 written += chunk([choice(answer, delta, **beside)])
                 beside = {}

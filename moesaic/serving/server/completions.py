@@ -86,8 +86,7 @@ async def create_completion(
         choices = [answer.choice() for answer in answers]
         return Completion(**head, model=service.name, choices=choices, usage=work.usage())
 
-    completion: Completion | None = await collected(http, work, whole)
-    return completion
+    return await collected(http, work, whole())
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompt: Any) -> list[list[int]]:

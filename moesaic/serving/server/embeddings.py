@@ -56,8 +56,7 @@ async def create_embedding(
             pooling=pooling,
         )
 
-    embedded: EmbeddingList | None = await collected(http, work, whole)
-    return embedded
+    return await collected(http, work, whole())
 
 
 def _encoded(vector: np.ndarray, form: str | None) -> list[float] | str:

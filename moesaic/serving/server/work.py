@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -362,16 +362,9 @@ def data(value: object) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
-async def collected(http: HttpRequest, work: Work, answer: Callable[[], Awaitable[Any]]) -> Any:
+async def collected(
+    http: HttpRequest, work: Work, answer: Coroutine[Any, Any, Result]
+) -> Result | None:
     """The whole answer, or nothing to nobody once the client has gone."""
-
-    async def collect() -> Any:
-        return await answer()
-
     with work:
-        return await while_connected(http.receive, collect())
-
-
-def each(events: list[tuple[int, Event]]) -> Iterator[tuple[int, Event]]:
-    """Events that say something."""
-    return (pair for pair in events if pair[1].text or pair[1].tokens or pair[1].finish_reason)
+        return await while_connected(http.receive, answer)
