@@ -58,6 +58,14 @@ def rows() -> Iterator[tuple[str, str, str]]:
         f"at most {cases['largest_error']:.1%} off",
         "pipeline_simulation",
     )
+    load = _result("serving_load")
+    yield (
+        f"{load['streams']} open streams for {load['seconds'] / 60:.0f} minutes on the demo's MoE, "
+        f"beside clients that go away, send what is wrong or never read: whole answers, errors, "
+        f"memory against that after 30 s",
+        f"{load['counts']['good']}, {len(load['errors'])}, {load['memory_grown'] / 1e6:+.0f} MB",
+        "serving_load",
+    )
 
 
 def table() -> str:
