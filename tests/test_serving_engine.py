@@ -394,6 +394,22 @@ def test_a_broken_executor_ends_all_and_the_engine_says_so(start, capsys):
     assert "RuntimeError" in capsys.readouterr().err
 
 
+def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(start, monkeypatch, capsys):
+    engine = start()
+
+    def fail(answer):
+        raise AssertionError("blocks do not add up")
+
+    monkeypatch.setattr(engine._scheduler, "remove", fail)
+    waits = [ask(engine, max_new_tokens=length, n=2)[1] for length in (3, 40)]
+    reasons = [{answer.finish_reason for answer in wait()} for wait in waits]
+    assert reasons[1] == {"error"}
+    assert engine.drain(timeout=10)
+    with pytest.raises(ServingError, match="AssertionError: blocks do not add up"):
+        ask(engine)
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_who_cannot_take_an_event_ends_alone(start, capsys):
     engine = start()
     others = [ask(engine, max_new_tokens=20)[1] for _ in range(2)]

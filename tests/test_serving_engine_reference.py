@@ -44,7 +44,7 @@ def folders(tmp_path_factory):
 
 
 def check(folder, name, prompts, limits, *, rounds=1):
-    config = EngineConfig(model=folder, dtype="float32", **({"kv_tokens": 8192} | limits))
+    config = EngineConfig(model=folder, dtype="float32", **({"kv_tokens": 5120} | limits))
     # Only the first 32 tokens are held, whatever they are.
     sampling = RequestConfig(max_new_tokens=REFERENCE["new_tokens"], ignore_eos=True)
     with Engine.load(config) as engine:

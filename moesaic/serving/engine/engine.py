@@ -451,6 +451,8 @@ class Engine:
         started = time.perf_counter()
         works = self._scheduler.schedule()
         if not works:
+            # Else this would be called for ever.
+            assert not self._lives, f"{len(self._lives)} answers, and nothing to do"
             return
         lives = [self._lives[work.answer] for work in works]
         batch = Batch(
@@ -540,9 +542,13 @@ class Engine:
             self._schedule(job.held.pop(0))
 
     def _deliver(self, live: Live, event: Event) -> None:
-        job = live.job
-        if event.finish_reason is not None:
-            self._let_go(live, event.finish_reason)
+        try:
+            if event.finish_reason is not None:
+                self._let_go(live, event.finish_reason)
+        finally:  # whatever else went wrong, nobody may wait for the last event for ever
+            self._hand_over(live.job, event)
+
+    def _hand_over(self, job: Job, event: Event) -> None:
         if job.is_deaf and event.finish_reason is None:
             return
         try:
@@ -569,7 +575,7 @@ class Engine:
         with self._lock:
             self._num_answers -= 1
             if job.unended == 0:
-                del self._jobs[job.request.id]
+                self._jobs.pop(job.request.id, None)
             self._answer_ended.notify_all()
 
     def _after_step(self) -> None:
@@ -600,6 +606,9 @@ class Engine:
             for live in job.lives:
                 if not live.has_ended:
                     self._deliver(live, live.end(reason, error=error))
+        with self._lock:
+            self._jobs.clear()
+            self._answer_ended.notify_all()
 
 
 @dataclass(slots=True)
