@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moesaic.moe.router import normalise_logits
-from moesaic.quantization import fp8
+from moesaic.quantization import fp8, int8
 from moesaic.spec import MoESpec
 
 Kind = Literal["bfloat16", "float8", "int8"]
@@ -31,8 +31,6 @@ DTYPES: dict[Kind, torch.dtype] = {
     "int8": torch.int8,
 }
 
-INT8_MAX = 127
-
 
 def stored(weight_OI: Tensor, kind: Kind, scale_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """A weight in the type of `kind`, contiguous, and the float32 scale of each row, (O,)."""
@@ -42,12 +40,8 @@ def stored(weight_OI: Tensor, kind: Kind, scale_O: Tensor | None) -> tuple[Tenso
         return weight_OI.contiguous(), scale_O.detach().float().reshape(-1).contiguous()
     if kind == "bfloat16":
         return weight_OI.to(torch.bfloat16).contiguous(), None
-    if kind == "float8":
-        data, scale_O1 = fp8.quantize_per_channel(weight_OI)
-        return data.contiguous(), scale_O1.reshape(-1)
-    largest_O1 = weight_OI.float().abs().amax(dim=1, keepdim=True)
-    scale_O1 = (largest_O1 / INT8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-    data = (weight_OI.float() / scale_O1).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
+    quantize = (fp8 if kind == "float8" else int8).quantize_per_channel
+    data, scale_O1 = quantize(weight_OI)
     return data.contiguous(), scale_O1.reshape(-1)
 
 
