@@ -33,6 +33,9 @@ NEW = 32
 THREADS = 2
 RESULT = "serving_speed"
 
+MODEL = "mixtral"
+"""The demo's dense model upcycled to a form that every engine reads, in the demo's folder."""
+
 OURS = ("bfloat16", "float8", "int8")
 """What weights are stored in."""
 
@@ -76,6 +79,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from measuring_machine import machine
     from serving_peers import peer
 
+    make_model(arguments.demo)
     prompts = Path(arguments.demo, "serving-prompts.json")
     prompts.write_text(json.dumps(make_prompts(arguments.demo)))
     skipped: dict[str, str] = {}
@@ -121,7 +125,7 @@ def _best(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def child(python: Path, what: tuple[str, str], demo: Path, prompts: Path) -> Any:
-    """The last line that a process of its own prints, which is JSON."""
+    """The object in JSON that a process of its own prints on a line."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
     command = [str(python), __file__, "--child", *what, "--demo", str(demo)]
     done = subprocess.run(
@@ -131,14 +135,25 @@ def child(python: Path, what: tuple[str, str], demo: Path, prompts: Path) -> Any
         text=True,
         env=environment,
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    # Some engines have a last word.
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1])
+
+
+def make_model(demo: Path) -> None:
+    """SmolLM2 with 8 experts, top-2, and a random router: a Mixtral, once."""
+    import moesaic
+
+    if not (demo / MODEL).exists():
+        config = moesaic.UpcycleConfig(dense=demo / "dense", out=demo / MODEL, experts=8, top_k=2)
+        moesaic.upcycle(config)
 
 
 def make_prompts(demo: Path) -> list[list[int]]:
     """Token ids of different pieces of Python's standard library."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(demo / "upcycled" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(demo / MODEL / "tokenizer.json"))
     found: list[list[int]] = []
     for source in sorted(Path(json.__file__).parent.parent.glob("[a-z]*.py")):
         ids = tokenizer.encode(source.read_text(errors="replace")).ids
@@ -209,7 +224,7 @@ def ours(demo: Path, how: str) -> Answer:
 
     engine = Engine.load(
         EngineConfig(
-            model=demo / "upcycled",
+            model=demo / MODEL,
             weights=how,
             prefix_cache=False,
             max_sequences=max(BATCHES),
@@ -234,7 +249,7 @@ def limits(demo: Path, prompts: list[list[int]]) -> dict[str, Any]:
     from moesaic.serving.engine.engine import Engine
 
     config = EngineConfig(
-        model=demo / "upcycled", prefix_cache=False, max_sequences=max(BATCHES), max_context=256
+        model=demo / MODEL, prefix_cache=False, max_sequences=max(BATCHES), max_context=256
     )
     with Engine.load(config) as engine:
         spec = engine.executor.spec
@@ -290,7 +305,7 @@ def transformers(demo: Path, how: str) -> Answer:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        demo / "upcycled", dtype=torch.bfloat16, experts_implementation="grouped_mm"
+        demo / MODEL, dtype=torch.bfloat16, experts_implementation="grouped_mm"
     )
 
     def answer(prompts: list[list[int]], count: int) -> None:
@@ -373,11 +388,11 @@ def _gguf(demo: Path, how: str) -> Path:
     """The model in llama.cpp's format, converted once."""
     from serving_peers import converter
 
-    file = demo / f"upcycled-{how}.gguf"
+    file = demo / f"{MODEL}-{how}.gguf"
     if not file.exists():
         script = converter()
         part = file.with_suffix(".part")
-        command = [sys.executable, str(script), str(demo / "upcycled"), "--outtype", how]
+        command = [sys.executable, str(script), str(demo / MODEL), "--outtype", how]
         search = {**os.environ, "PYTHONPATH": str(script.parent / "gguf-py")}
         subprocess.run([*command, "--outfile", str(part)], check=True, env=search, stdout=2)
         part.replace(file)
@@ -390,7 +405,7 @@ def vllm(demo: Path, how: str) -> Answer:
     from vllm import LLM, SamplingParams
 
     model = LLM(
-        model=str(demo / "upcycled"),
+        model=str(demo / MODEL),
         dtype="bfloat16",
         max_model_len=PROMPT + NEW,
         max_num_seqs=max(BATCHES),
