@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 
 from moesaic.errors import PlanError
 from moesaic.files import write_text_atomic
+from moesaic.planning.plan_file import read_plan_file
 from moesaic.planning.split import Split
 
 FORMAT = "moesaic-train-plan"
@@ -199,18 +200,7 @@ class TrainPlan:
         Raises:
             PlanError: The file cannot be read, holds what no plan has, or contradicts itself.
         """
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-            raw = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
-        except OSError as error:
-            raise PlanError(f"{path} cannot be read: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"{path} is not readable JSON: {error}.") from None
-        try:
-            return cls.from_json(raw)
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from None
+        return read_plan_file(path, cls.from_json)
 
     @classmethod
     def from_json(cls, raw: Any) -> Self:
@@ -268,20 +258,6 @@ _CHOICES: dict[str, Any] = {
     "schedule": Schedule,
     "zero": Literal[1, 2, 3],
 }
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; where a key stands twice, a reader would have to guess which one is meant."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"{twice!r} stands there twice")
-    return found
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
 
 
 def _read_stages(raw: Any) -> tuple[Stage, ...]:
